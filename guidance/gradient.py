@@ -1,0 +1,59 @@
+"""The gradient of a loss at a picture, with the value of each term, averaged over augmented copies."""
+
+from __future__ import annotations
+
+import torch
+
+from ..losses.loss import Term
+from .augment import Augment
+
+
+def loss_gradient(
+    image: torch.Tensor, terms: list[Term], augment: Augment | None, draws: torch.Tensor | None, *, gradient: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor, dict[str, torch.Tensor]]:
+    """Gradient of the weighted sum of terms at `image`, in one pass per chunk of copies.
+
+    Terms that augmentation suits are averaged over the copies that `draws` describe, the others see the picture itself.
+
+    Args:
+        image: `(B, 3, H, W)`.
+        terms: what to sum; see `lossguide.losses.Term`.
+        augment: the augmentation, or None.
+        draws: `(K, B, n)` from `augment.draw`.
+        gradient: False to get the values only.
+
+    Returns:
+        the gradient, same shape as `image` (None without `gradient`); the weighted sum `(B,)`; each term `(B,)`.
+
+    Raises:
+        ValueError: a loss is not differentiable, or does not return one number per sample.
+    """
+    batch, plain = len(image), [t for t in terms if augment is None or not t.augment]
+    varied = [t for t in terms if augment is not None and t.augment]
+    values = {term.name: torch.zeros(batch, device=image.device, dtype=image.dtype) for term in terms}
+    total = torch.zeros_like(image) if gradient else None
+    passes: list[tuple[list[Term], torch.Tensor | None]] = [(plain, None)] if plain else []
+    if varied:
+        passes += [(varied, part) for part in draws.split(max(1, augment.chunk // batch))]
+    for group, part in passes:
+        copies = 1 if part is None else len(part)
+        share = 1.0 if part is None else copies / len(draws)
+        with torch.set_grad_enabled(gradient):
+            leaf = image.detach().requires_grad_(gradient)
+            seen = leaf if part is None else augment.apply(leaf.repeat(copies, 1, 1, 1), part.flatten(0, 1))
+            weighted = 0.0
+            for term in group:
+                value = term(seen).view(copies, batch).mean(0)
+                if gradient and not value.requires_grad:
+                    raise ValueError(
+                        f"loss '{term.name}' is not differentiable: its value does not depend on the picture through torch "
+                        "operations (a detach, a numpy call or torch.no_grad inside it?)"
+                    )
+                values[term.name] += share * value.detach().to(image.dtype)
+                weighted = weighted + term.weight * value.sum()
+            if gradient:
+                total += share * torch.autograd.grad(weighted, leaf)[0]
+    loss = torch.zeros(batch, device=image.device, dtype=image.dtype)
+    for term in terms:
+        loss = loss + term.weight * values[term.name]
+    return total, loss, values

@@ -1,0 +1,72 @@
+"""Reading target pictures, and short names for them in records."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | torch.Tensor"
+
+
+def read_image(picture: Picture) -> torch.Tensor:
+    """A picture as `(3, H, W)`, float32 in [0, 1].
+
+    Any mode that Pillow reads becomes RGB: rotated as its EXIF data says, 16 bits scaled, transparency over white.
+
+    Args:
+        picture: a path, a Pillow image, or a tensor `(3, H, W)` or `(1, H, W)` in [0, 1], which is passed on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a picture that Pillow can read, or the tensor has another shape.
+    """
+    if isinstance(picture, torch.Tensor):
+        if picture.ndim == 4 and len(picture) == 1:
+            picture = picture[0]
+        if picture.ndim != 3 or picture.shape[0] not in (1, 3) or not picture.is_floating_point():
+            raise ValueError(
+                f"a picture is a float tensor (3, H, W) in [0, 1], got {picture.dtype} {tuple(picture.shape)}"
+            )
+        return picture.detach().expand(3, -1, -1)
+    if isinstance(picture, Image.Image):
+        return _to_tensor(picture)
+    path = Path(picture)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture '{path}'")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_tensor(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"'{path}' is not a picture that Pillow can read") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture '{path}' cannot be read: {error}") from error
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, or floats
+        values = np.asarray(image).astype(np.float32)
+        grey = torch.from_numpy(values / (1 if image.mode == "F" else 65535)).clamp(0, 1)
+        return grey.expand(3, -1, -1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def digest(value: Any) -> Any:
+    """A path as text; a tensor or a picture as its shape and the first digits of its SHA-1. Plain data for JSON."""
+    if isinstance(value, Image.Image):
+        value = read_image(value)
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous()
+        sha = hashlib.sha1(content.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        return f"{'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')} sha1:{sha[:10]}"
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,176 @@
+"""The loss contract: an image in, one number per sample out; lower is better.
+
+A loss maps images `(B, 3, H, W)`, float, nominally in [0, 1] (values may overshoot), to a tensor `(B,)`. It owns its
+target and its network's preprocessing, moves to the image's device and dtype by itself, and knows nothing of noise,
+steps or files. Losses compose by `+` and `*` into named terms; a term carries the plain data that guidance reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class Composable:
+    """What adds and scales: `2.0 * ClipText("a boot") + Style("candy.jpg")`."""
+
+    def terms(self) -> tuple[Term, ...]:
+        raise TypeError(f"{type(self).__name__} must define terms()")
+
+    def _parts(self) -> tuple[Term, ...]:
+        return self.terms()  # a sum's own terms are numbered anew in every sum that they enter
+
+    def __add__(self, other: Composable | Callable) -> Losses:
+        return Losses(self._parts() + as_losses(other)._parts())
+
+    def __radd__(self, other: Composable | Callable | int) -> Losses:
+        if isinstance(other, int) and other == 0:  # so that sum([...]) works
+            return Losses(self._parts())
+        return Losses(as_losses(other)._parts() + self._parts())
+
+    def __mul__(self, weight: float) -> Losses:
+        if not isinstance(weight, numbers.Real):
+            return NotImplemented
+        return Losses(tuple(dataclasses.replace(term, weight=term.weight * float(weight)) for term in self._parts()))
+
+    __rmul__ = __mul__
+
+    def during(self, start: float, stop: float) -> Losses:
+        """Act only while the sampling progress (0 at pure noise, 1 at the picture) is in [start, stop).
+
+        It takes the place of the windows that the terms had.
+        """
+        if not 0 <= start < stop <= 1:
+            raise ValueError(f"a window needs 0 <= start < stop <= 1, got {start}, {stop}")
+        return Losses(tuple(dataclasses.replace(term, window=(start, stop)) for term in self._parts()))
+
+
+class Loss(Composable):
+    """Base class of the library's losses: define `__call__` and, where it differs, the attributes below.
+
+    Attributes:
+        name: the term's name in records; the class name unless set.
+        augment: whether random augmentation suits the loss: yes where a network judges, no where pixels must match.
+        floor: the loss of a perfect picture where it is known (a measurement's noise level), else None.
+        settings: plain data (strings, numbers, lists) that describe the loss in records and JSON files.
+    """
+
+    name: str = ""
+    augment: bool = True
+    floor: float | torch.Tensor | None = None
+    settings: dict[str, Any] = {}
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} must define __call__(image) -> (B,)")
+
+    def terms(self) -> tuple[Term, ...]:
+        return (Term(self, name=self.name or type(self).__name__, augment=self.augment),)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
+
+
+@dataclass(frozen=True)
+class Term(Composable):
+    """One loss among several: `Term(my_function, weight=2.0, augment=False)` also gives any callable its plain data.
+
+    Args:
+        loss: callable `(B, 3, H, W) -> (B,)`.
+        name: shown in records; the callable's own name unless given.
+        weight: factor of the loss in the sum, not negative.
+        window: sampling progress [start, stop) in which the term acts; 0 is pure noise, 1 the finished picture.
+        augment: whether random augmentation suits it.
+    """
+
+    loss: Callable[[torch.Tensor], torch.Tensor]
+    name: str = ""
+    weight: float = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise TypeError(f"a loss is a callable (image) -> (B,), got {self.loss!r}")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"a weight is finite and not negative, got {self.weight} for {self.loss!r}")
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.loss, "__name__", type(self.loss).__name__))
+
+    def terms(self) -> tuple[Term, ...]:
+        return (self,)
+
+    def acts_at(self, progress: float) -> bool:
+        """Whether the term acts at this sampling progress in [0, 1]."""
+        return self.weight > 0 and self.window[0] <= progress < (self.window[1] if self.window[1] < 1 else 1.1)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """The unweighted loss `(B,)` of images `(B, 3, H, W)`; the shape of what comes back is checked.
+
+        Raises:
+            ValueError: the loss returned something else than one number per sample.
+        """
+        value = self.loss(image)
+        if not isinstance(value, torch.Tensor) or value.shape != (len(image),):
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss '{self.name}' must return one number per sample, shape ({len(image)},), but returned {got}; "
+                "average over every axis but the first"
+            )
+        return value
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        loss = self.loss
+        kind = getattr(loss, "__qualname__", type(loss).__name__)
+        return {
+            "loss": f"{getattr(loss, '__module__', type(loss).__module__)}.{kind}",
+            "settings": dict(getattr(loss, "settings", {})),
+            "name": self.name,
+            "weight": self.weight,
+            "window": list(self.window),
+            "augment": self.augment,
+        }
+
+
+class Losses(Composable):
+    """A weighted sum of terms; itself a loss. Terms of the same name are numbered."""
+
+    def __init__(self, terms: tuple[Term, ...]):
+        self._unnumbered = tuple(terms)
+        names = [term.name for term in terms]
+        seen: dict[str, int] = {}
+        numbered = []
+        for term in terms:
+            if names.count(term.name) > 1:
+                seen[term.name] = seen.get(term.name, 0) + 1
+                term = dataclasses.replace(term, name=f"{term.name}-{seen[term.name]}")
+            numbered.append(term)
+        self._terms = tuple(numbered)
+
+    def terms(self) -> tuple[Term, ...]:
+        return self._terms
+
+    def _parts(self) -> tuple[Term, ...]:
+        return self._unnumbered
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        if not self._terms:
+            return image.flatten(1).sum(1) * 0
+        return torch.stack([term.weight * term(image) for term in self._terms]).sum(0)
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{term.weight:g} * {term.loss!r}" for term in self._terms)
+
+
+def as_losses(loss: Composable | Callable[[torch.Tensor], torch.Tensor]) -> Losses:
+    """Any loss, term, sum of them or plain callable `(B, 3, H, W) -> (B,)` as a sum of terms."""
+    if isinstance(loss, Losses):
+        return loss
+    if isinstance(loss, Composable):
+        return Losses(loss.terms())
+    return Losses((Term(loss),))

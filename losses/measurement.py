@@ -1,0 +1,83 @@
+"""Agreement with a measurement, and a convenience that makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .images import digest
+from .loss import Loss
+from .network import describe_network, distance, per_image
+from .operators import LinearOperator
+
+
+class Measurement(Loss):
+    """The distance of what an operator makes of the image to what was measured: `||y - A(image)||_2`, not squared.
+
+    `floor = sigma * sqrt(m)`, with m the number of measured values of one sample, is what noise alone leaves: a loss
+    below it means that noise is being fitted. A zero residual gives a zero gradient.
+
+    Args:
+        operator: one of `losses.operators`, or any differentiable callable, images in [0, 1] -> measurements.
+        y: the measurement `(B, ...)`, one per image; or a single one, `(1, ...)` or `(C, h, w)`, for all. Values
+            that the operator does not observe are ignored.
+        sigma: standard deviation of the noise in y, in the units of y (images are in [0, 1]).
+
+    Raises:
+        ValueError: y does not match what the operator gives, or sigma is negative.
+
+    Source: Chung et al. 2023, diffusion posterior sampling (arXiv 2209.14687).
+    """
+
+    name = "measurement"
+    augment = False
+
+    def __init__(self, operator: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, sigma: float = 0.0):
+        if not sigma >= 0:
+            raise ValueError(f"sigma is a standard deviation, not negative, got {sigma!r}")
+        self.operator = operator
+        y = y.detach()
+        y = y[None] if y.ndim == 3 else y
+        observed = torch.ones_like(y) * _observed(operator, y)
+        self.y = torch.where(observed > 0, y, 0)
+        counts = observed.reshape(len(observed), -1).sum(1)
+        floor = sigma * counts.sqrt()
+        self.floor = floor[0].item() if (counts == counts[0]).all() else floor
+        described = operator.describe() if isinstance(operator, LinearOperator) else describe_network(operator)
+        self.settings: dict[str, Any] = {"operator": described, "y": digest(self.y), "sigma": float(sigma)}
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        measured, y = self.operator(image), self.y.to(image)
+        if measured.shape[1:] != y.shape[1:] or len(measured) != len(image):
+            raise ValueError(
+                f"the operator makes {tuple(measured.shape)} of images {tuple(image.shape)}, but y is {tuple(y.shape)}"
+            )
+        return distance(per_image(y, len(image), "measurements") - measured)
+
+
+def _observed(operator: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    return operator.observed(y) if isinstance(operator, LinearOperator) else y.new_ones(())
+
+
+def measure(
+    operator: Callable[[torch.Tensor], torch.Tensor],
+    image: torch.Tensor,
+    sigma: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """What an operator measures of images, with noise: `A(image) + sigma * noise`, on measured values only.
+
+    Args:
+        operator: one of `losses.operators`, or any callable.
+        image: `(B, 3, H, W)` in [0, 1].
+        sigma: standard deviation of the noise, in the units of the measurement.
+        generator: for a noise that can be repeated; it is drawn on the generator's device.
+    """
+    y = operator(image)
+    if sigma == 0:
+        return y
+    device = y.device if generator is None else generator.device
+    noise = torch.randn(y.shape, generator=generator, device=device, dtype=y.dtype).to(y.device)
+    return y + sigma * noise * _observed(operator, y)

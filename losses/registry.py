@@ -1,0 +1,145 @@
+"""Losses by name, as the command line takes them: `2.0*clip-text:an ankle boot`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .classifier import ClassLabel
+from .clip import DEFAULT_PRETRAINED, ClipImage, ClipText
+from .color import Color
+from .loss import Composable, Losses, as_losses
+from .style import Style
+
+
+class Entry(NamedTuple):
+    """A loss that can be named: what it does, and an example of how it is written (or that it is for Python)."""
+
+    name: str
+    description: str
+    example: str
+
+
+_ENTRIES = (
+    Entry("clip-text", "a text, by CLIP", "clip-text:an ankle boot"),
+    Entry("clip-image", "a picture's content, by CLIP", "clip-image:photo.png"),
+    Entry("class-label", "a class of the demo classifier, by index or name", "class-label:9"),
+    Entry("style", "a picture's style, by Gram matrices", "style:candy.jpg"),
+    Entry(
+        "color", "a mean colour, a palette, or a picture's colours", "color:red, color:#ff0000,#00ff00, color:photo.png"
+    ),
+    Entry("file.py:function", "your own: (images (B, 3, H, W) in [0, 1]) -> (B,)", "my_losses.py:darkness"),
+    Entry(
+        "segmentation", "a layout of classes, by any segmentation network", "in Python: Segmentation(network, target)"
+    ),
+    Entry("measurement", "agreement with a measurement", "in Python: Measurement(operators.Inpaint(mask), y)"),
+)
+_PYTHON_ONLY = ("segmentation", "measurement")
+
+_WEIGHT = re.compile(r"\s*([^*:\s]+)\s*\*\s*(.*)", re.DOTALL)
+_FILE = re.compile(r"(.+\.py):(\w+)")
+
+
+def available() -> list[Entry]:
+    """`(name, description, example)` of each loss, in the order to show them."""
+    return list(_ENTRIES)
+
+
+def parse(
+    text: str | Sequence[str],
+    *,
+    clip_model: str = "demo",
+    clip_pretrained: str | None = DEFAULT_PRETRAINED,
+    style_weights: str | None = None,
+) -> Losses:
+    """The loss that a text names, `[weight*]name:argument`; of several texts, their sum.
+
+    Args:
+        text: 'clip-text:a boot', 'clip-image:photo.png', 'class-label:9', 'style:candy.jpg', 'color:red' (with commas
+            a palette; or a picture), or 'path/to/file.py:function', the user's own. A weight may stand in front:
+            '2.0*clip-text:a boot'.
+        clip_model, clip_pretrained: the model of clip-text and clip-image, and of style, as in `ClipText`.
+        style_weights: a file of VGG-16 weights; with it, style takes its features from VGG-16.
+
+    Raises:
+        LookupError: there is no such loss, or no such function in the file.
+        ValueError: the text has another form, or its argument does not suit the loss.
+        OSError: a file cannot be read, or weights cannot be downloaded.
+    """
+    if not isinstance(text, str):
+        if not text:
+            raise ValueError("no loss was given")
+        return sum(
+            (
+                parse(t, clip_model=clip_model, clip_pretrained=clip_pretrained, style_weights=style_weights)
+                for t in text
+            ),
+            start=Losses(()),
+        )
+    clip = {"model": clip_model, "pretrained": clip_pretrained}
+    style = {"backbone": "clip", **clip} if style_weights is None else {"weights": style_weights}
+    makers: dict[str, Callable[[str], Composable]] = {
+        "clip-text": lambda argument: ClipText(argument, **clip),
+        "clip-image": lambda argument: ClipImage(argument, **clip),
+        "class-label": lambda argument: ClassLabel(int(argument) if re.fullmatch(r"[+-]?\d+", argument) else argument),
+        "style": lambda argument: Style(argument, **style),
+        "color": _color,
+    }
+    weight, body = _split_weight(text)
+    name, colon, argument = (part.strip() for part in body.partition(":"))
+    if name in _PYTHON_ONLY:
+        example = next(entry.example for entry in _ENTRIES if entry.name == name)
+        raise ValueError(f"'{name}' needs more than a text can say; use it {example}")
+    own = _FILE.fullmatch(body)
+    if own and name not in makers:
+        return weight * as_losses(_own_function(Path(own[1]), own[2]))
+    if name not in makers:
+        close = difflib.get_close_matches(name, makers, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(makers)} and path/to/file.py:function"
+        raise LookupError(f"there is no loss '{name}'; {hint}")
+    if not colon or not argument:
+        example = next(entry.example for entry in _ENTRIES if entry.name == name)
+        raise ValueError(f"'{name}' needs an argument after a colon, such as '{example}', got '{text}'")
+    return weight * as_losses(makers[name](argument))
+
+
+def _split_weight(text: str) -> tuple[float, str]:
+    match = _WEIGHT.fullmatch(text)
+    if not match:
+        return 1.0, text.strip()
+    try:
+        weight = float(match[1])
+    except ValueError:
+        raise ValueError(f"the weight in '{text}' is a number before '*', such as 2.0, got '{match[1]}'") from None
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"the weight in '{text}' is finite and not negative, got {match[1]}")
+    return weight, match[2].strip()
+
+
+def _color(argument: str) -> Color:
+    outside = re.split(r",(?![^(]*\))", argument)  # commas within rgb(...) stay
+    return Color([part.strip() for part in outside] if len(outside) > 1 else argument)
+
+
+def _own_function(path: Path, function: str) -> Composable | Callable:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}' to take the loss '{function}' from")
+    spec = importlib.util.spec_from_file_location(f"_lossguide_{path.stem}_{abs(hash(path.resolve()))}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be run: {type(error).__name__}: {error}") from error
+    own = getattr(module, function, None)
+    if own is None:
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        close = difflib.get_close_matches(function, names, n=1)
+        raise LookupError(f"'{path}' has no '{function}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+    if not callable(own):
+        raise ValueError(f"'{function}' in '{path}' is not callable; a loss maps images (B, 3, H, W) to (B,)")
+    return own

@@ -1,0 +1,102 @@
+"""Denoisers: foreign models adapted once, at the door, to `(x_t, t) -> prediction`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A model that removes noise, with what the sampling loop needs to know; made by `denoiser`.
+
+    Attributes:
+        model: callable `(x_t, t) -> prediction`, or a diffusers model.
+        scheduler: diffusers scheduler that chooses solver and levels; never mutated.
+        shape: shape of one sample, `(C, H, W)`.
+        kind: what the model predicts, or None for what the scheduler says.
+        decode: sample -> picture `(B, 3, H, W)` in [0, 1] that losses see, differentiable.
+        device, dtype: where and in what precision the model runs.
+    """
+
+    model: Callable
+    scheduler: object
+    shape: tuple[int, ...]
+    kind: str | None
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The model's prediction `(B, C, H, W)` at model input `x` and timestep `t`, in the dtype of `x`."""
+        output = self.model(x.to(self.dtype), t)
+        if not isinstance(output, torch.Tensor):
+            output = output[0]
+        channels = x.shape[1]
+        if output.shape[1] == 2 * channels and output.shape[2:] == x.shape[2:]:
+            output = output[:, :channels]  # the other half is a learned variance
+        if output.shape != x.shape:
+            raise ValueError(f"the denoiser must return the shape it was given, {tuple(x.shape)}, but returned {tuple(output.shape)}")
+        return output.to(x.dtype)
+
+    def frozen(self):
+        """Context in which the model's weights require no gradient; what was there is restored."""
+        return frozen(self.model)
+
+
+def denoiser(
+    model: Callable,
+    scheduler,
+    *,
+    kind: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Denoiser:
+    """Adapt a model to the sampling loop.
+
+    Args:
+        model: a diffusers model (`UNet2DModel` ...), or any callable `(x_t, t) -> prediction`, `x_t` `(B, C, H, W)` and
+            `t` 0-dimensional, scaled as the scheduler scales its model's input.
+        scheduler: any diffusers scheduler with a readable noise level; never mutated.
+        kind: "epsilon", "sample", "v_prediction", "flow" or "edm"; by default what the scheduler's config says.
+        shape: shape of one sample; by default read from the model's config.
+        decode: sample -> picture for the losses, differentiable; by default from [-1, 1] to [0, 1], one channel
+            repeated to three.
+
+    Raises:
+        TypeError: the model is not callable.
+        ValueError: the model does not tell its shape and none is given.
+    """
+    if not callable(model):
+        raise TypeError(f"a denoiser is a callable (x_t, t) -> prediction, got {type(model).__name__}")
+    if shape is None:
+        config = getattr(model, "config", None)
+        size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
+        if size is None or channels is None:
+            raise ValueError(f"{type(model).__name__} does not tell its sample shape: pass shape=(channels, height, width)")
+        shape = (channels, *((size, size) if isinstance(size, int) else size))
+    parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    device, dtype = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    return Denoiser(model, scheduler, tuple(shape), kind, decode or as_picture, device, dtype)
+
+
+def as_picture(x: torch.Tensor) -> torch.Tensor:
+    """A pixel model's sample in [-1, 1] as a picture in [0, 1]; one channel becomes three. Not clamped."""
+    image = x / 2 + 0.5
+    return image.expand(-1, 3, *image.shape[2:]) if image.shape[1] == 1 else image
+
+
+@contextmanager
+def frozen(*models: object) -> Iterator[None]:
+    """Context in which the parameters of these modules require no gradient; what was there is restored."""
+    parameters = [p for m in models if isinstance(m, torch.nn.Module) for p in m.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

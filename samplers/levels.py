@@ -1,0 +1,163 @@
+"""Noise levels: the one place that does the algebra of `x_t = alpha * x_0 + sigma * noise`.
+
+`alpha` and `sigma` broadcast against the sample: one number for all, one per sample `(B, 1, 1, 1)`, or one per pixel.
+Variance-preserving models have `alpha**2 + sigma**2 = 1`, Karras and EDM samplers `alpha = 1`, flow matching
+`alpha = 1 - sigma`; every formula here holds for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+KINDS = ("epsilon", "sample", "v_prediction", "flow", "edm")
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level; `sigma_data` matters only to models in EDM's parametrisation ("edm").
+
+    Scalars are kept as 0-dimensional float64 tensors on the CPU: they combine with a sample on any device, in the
+    sample's own dtype, without a synchronisation.
+    """
+
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    sigma_data: float = 0.5
+
+    @classmethod
+    def of(cls, alpha: float | torch.Tensor, sigma: float | torch.Tensor, sigma_data: float = 0.5) -> Level:
+        """A level from numbers or tensors."""
+        alpha, sigma = (v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64) for v in (alpha, sigma))
+        return cls(alpha, sigma, sigma_data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Level) and torch.equal(self.alpha, other.alpha) and torch.equal(self.sigma, other.sigma)
+
+    def _edm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        total = self.sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, self.sigma * self.sigma_data / total.sqrt()
+
+    def x0(self, prediction: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """The clean sample that a prediction of `kind` at sample `x` means, same shape as `x`.
+
+        epsilon: `(x - s e) / a`; sample: the prediction; v_prediction, `v = (a e - s x_0) / c` with
+        `c**2 = a**2 + s**2`: `(a x / c - s v) / c`; flow, `u = e - x_0`: `(x - s u) / (a + s)`; edm:
+        `c_skip x + c_out F` (Karras et al. 2022).
+        """
+        a, s = self.alpha, self.sigma
+        if kind == "epsilon":
+            return (x - s * prediction) / a
+        if kind == "sample":
+            return prediction
+        if kind == "v_prediction":
+            c = (a**2 + s**2).sqrt()
+            return (a / c) * (x / c) - (s / c) * prediction
+        if kind == "flow":
+            return (x - s * prediction) / (a + s)
+        if kind == "edm":
+            c_skip, c_out = self._edm()
+            return c_skip * x + c_out * prediction
+        raise ValueError(f"unknown prediction kind {kind!r}; known are {', '.join(KINDS)}")
+
+    def noise(self, prediction: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """The noise that a prediction of `kind` at sample `x` means: `(x - a x_0) / s`, without that division where the
+        kind allows; zero where there is none (`s = 0`)."""
+        a, s = self.alpha, self.sigma
+        if kind == "epsilon":
+            return prediction
+        if kind == "v_prediction":
+            c = (a**2 + s**2).sqrt()
+            return (s / c) * (x / c) + (a / c) * prediction
+        if kind == "flow":
+            return (x + a * prediction) / (a + s)
+        x0 = self.x0(prediction, x, kind)
+        return torch.where(_like(s, x) > 0, (x - a * x0) / s.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+
+    def prediction(self, x0: torch.Tensor, noise: torch.Tensor, kind: str) -> torch.Tensor:
+        """The prediction of `kind` that means this clean sample and noise: the inverse of `x0` and `noise`."""
+        a, s = self.alpha, self.sigma
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return x0
+        if kind == "v_prediction":
+            return (a * noise - s * x0) / (a**2 + s**2).sqrt()
+        if kind == "flow":
+            return noise - x0
+        if kind == "edm":
+            c_skip, c_out = self._edm()
+            return (x0 - c_skip * self.mix(x0, noise)) / c_out
+        raise ValueError(f"unknown prediction kind {kind!r}; known are {', '.join(KINDS)}")
+
+    def mix(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`alpha * x0 + sigma * noise`."""
+        return self.alpha * x0 + self.sigma * noise
+
+    def renoise(self, x: torch.Tensor, to: Level, noise: torch.Tensor) -> torch.Tensor:
+        """Take a sample at this level to a noisier one: `r x + sqrt(s'^2 - r^2 s^2) n` with `r = a' / a`.
+
+        The marginal law of the result is that of `to`.
+        """
+        r = to.alpha / self.alpha
+        return r * x + (to.sigma**2 - (r * self.sigma) ** 2).clamp_min(0).sqrt() * noise
+
+    def step_std(self, to: Level) -> torch.Tensor:
+        """Standard deviation of the noise that an ancestral solver draws from this level to the cleaner `to`.
+
+        `s' sqrt(1 - (a / a')^2 s'^2 / s^2)`, the spread of `q(x_to | x, x_0)`: DDIM's with eta = 1, DDPM's small
+        variance, Euler-ancestral's `sigma_up`.
+        """
+        s = self.sigma.clamp_min(1e-20)
+        return to.sigma * (1 - (self.alpha / to.alpha * to.sigma / s) ** 2).clamp_min(0).sqrt()
+
+
+def _like(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return value.to(x.device) if value.dim() else value
+
+
+def scheduler_levels(scheduler) -> list[Level]:
+    """The levels that a diffusers scheduler visits, after `set_timesteps`: one per entry of `timesteps`, and the last.
+
+    Reads variance-preserving schedulers (DDPM, DDIM, PNDM, LCM, DPM-Solver, UniPC ...), samplers in Karras' sigma
+    space (Euler, Heun, LMS ...), EDM and flow matching, in the scale in which `scheduler.step` sees the sample.
+
+    Raises:
+        ValueError: the scheduler's noise level cannot be read.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    count = len(scheduler.timesteps)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) > count - 1 and scheduler.__class__.__name__ != "CMStochasticIterativeScheduler":
+        sigmas = [float(s) for s in sigmas[: count + 1]]
+        sigmas += [0.0] * (count + 1 - len(sigmas))
+        if prediction_kind(scheduler) == "flow":
+            return [Level.of(1 - s, s) for s in sigmas]
+        if name.startswith("EDM"):
+            return [Level.of(1.0, s, config.sigma_data) for s in sigmas]
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+            return [Level.of(1 / (1 + s * s) ** 0.5, s / (1 + s * s) ** 0.5) for s in sigmas]
+        return [Level.of(1.0, s) for s in sigmas]
+    if getattr(scheduler, "alphas_cumprod", None) is not None:
+        last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0))
+        cumulative = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double().cpu(), last.double().cpu().view(1)])
+        return [Level.of(alpha, sigma) for alpha, sigma in zip(cumulative.sqrt(), (1 - cumulative).clamp_min(0).sqrt())]
+    raise ValueError(
+        f"the noise level of {name} cannot be read: it has neither `sigmas` nor `alphas_cumprod`; "
+        "use a scheduler of the DDIM, DDPM, Euler, DPM-Solver, EDM or FlowMatch families"
+    )
+
+
+def prediction_kind(scheduler) -> str:
+    """What a model under this diffusers scheduler predicts, one of `KINDS`."""
+    name = type(scheduler).__name__
+    if name.startswith("FlowMatch"):
+        return "flow"
+    if name.startswith("EDM"):
+        return "edm"
+    kind = getattr(scheduler.config, "prediction_type", "epsilon")
+    kind = {"flow_prediction": "flow"}.get(kind, kind)
+    if kind not in KINDS:
+        raise ValueError(f"{name} says its model predicts {kind!r}; known are {', '.join(KINDS)}")
+    return kind

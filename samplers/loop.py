@@ -1,0 +1,124 @@
+"""The sampling loop: noise in, pictures out, over any diffusers scheduler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from .denoiser import Denoiser, as_picture
+from .random import generators, randn
+from .record import Record
+from .solver import Solver
+from .time_travel import visits
+
+
+@dataclass(frozen=True)
+class Result:
+    """What sampling gives.
+
+    Attributes:
+        images: `(B, C, H, W)`, float in [0, 1], on the CPU.
+        samples: the final samples as the model knows them, `(B, *shape)`, on the CPU.
+        record: what happened, per step and picture.
+        seeds: one per picture.
+    """
+
+    images: torch.Tensor
+    samples: torch.Tensor
+    record: Record
+    seeds: tuple[int, ...]
+
+    def save(self, folder) -> None:
+        """Write each picture as `<seed>.png` into a folder, which is made when it is not there."""
+        from pathlib import Path
+
+        from torchvision.utils import save_image
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for seed, image in zip(self.seeds, self.images):
+            save_image(image, Path(folder) / f"{seed:05d}.png")
+
+
+def sample(
+    denoiser: Denoiser,
+    guidance=None,
+    *,
+    steps: int = 50,
+    seeds: Iterable[int] = (0,),
+    eta: float = 1.0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Result:
+    """Draw one picture per seed, steered by `guidance` (a `lossguide.guidance.Guidance`), or plainly without.
+
+    Picture i depends on seed i alone, not on the batch it is drawn in. The denoiser's weights and scheduler are left as
+    they were.
+
+    Args:
+        denoiser: from `lossguide.samplers.denoiser`.
+        guidance: what a recipe returned; None for the plain sampler.
+        steps: solver steps.
+        seeds: one integer per picture.
+        eta: stochasticity of DDIM, 0 (deterministic) to 1 (as DDPM); other schedulers do not know it. Guidance works best
+            at 1: the noise of later steps washes away what a guiding network was fooled by.
+        batch_size: pictures per batch; all at once when None.
+        progress: show a progress bar, with the loss on it.
+
+    Returns:
+        `Result` with images, samples, record and seeds.
+    """
+    seeds = [int(seed) for seed in seeds]
+    if not seeds:
+        raise ValueError("seeds holds one integer per picture; it is empty")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    size = len(seeds) if batch_size is None else max(1, batch_size)
+    batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+    with denoiser.frozen():
+        bar = tqdm(total=0, disable=not progress, unit="step")
+        done = [_sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar) for batch in batches]
+        bar.close()
+    x = torch.cat([x for x, _ in done])
+    with torch.no_grad():
+        if denoiser.decode is as_picture:
+            images = (x / 2 + 0.5).clamp(0, 1)
+        else:
+            images = torch.cat([denoiser.decode(part.to(denoiser.device)).cpu() for part in x.split(size)])
+    return Result(images, x, Record.joined([record for _, record in done]), tuple(seeds))
+
+
+def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar) -> tuple[torch.Tensor, Record]:
+    solver = Solver.of(denoiser.scheduler, steps, denoiser.device)
+    if denoiser.kind is not None:
+        solver.kind = denoiser.kind
+    sources = generators(seeds)
+    x = (randn(denoiser.shape, sources) * solver.initial_sigma).to(denoiser.device)
+    run = None if guidance is None else guidance.begin(solver, denoiser.decode, seeds)
+    plan = visits(len(solver)) if run is None else run.visits
+    record = Record() if run is None else run.record
+    bar.total = len(plan) * batches
+    for visit in plan:
+        i, graph = visit.step, run is not None and run.needs_graph(visit)
+        start = time.perf_counter()
+        x = x.detach().requires_grad_(graph)
+        with torch.set_grad_enabled(graph):
+            prediction = denoiser.predict(solver.model_input(x, i), solver.timesteps[i])
+
+        def solve(prediction, i=i, x=x):
+            return solver.step(prediction, i, x.detach(), eta=eta, generator=sources)
+
+        with torch.no_grad():
+            if run is None:
+                x = solve(prediction)
+                record.add(step=i, visit=0, timestep=float(solver.timesteps[i]), seconds=time.perf_counter() - start)
+            else:
+                x = run.step(x, prediction, visit, solve, start)
+        if not bar.disable:
+            if "loss" in record.rows[-1]:
+                bar.set_postfix(loss=f"{record.rows[-1]['loss'].mean().item():.4g}", refresh=False)
+            bar.update()
+    return x.detach().cpu(), record

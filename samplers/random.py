@@ -1,0 +1,24 @@
+"""Randomness per picture: the same seed gives the same picture in any batch, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+_GUIDANCE = 0x6C6F7373  # keeps guidance's draws apart from the sampler's
+
+
+def generators(seeds: list[int], stream: str = "sampler") -> list[torch.Generator]:
+    """One CPU generator per seed; the stream "guidance" is independent of "sampler"."""
+    offset = _GUIDANCE if stream == "guidance" else 0
+    return [torch.Generator().manual_seed((int(seed) ^ offset) & (2**63 - 1)) for seed in seeds]
+
+
+def randn(shape: tuple[int, ...], sources: list[torch.Generator], like: torch.Tensor | None = None) -> torch.Tensor:
+    """Standard normal noise `(B, *shape)`, each sample from its own generator; device and dtype of `like`."""
+    noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
+    return noise if like is None else noise.to(like)
+
+
+def rand(shape: tuple[int, ...], sources: list[torch.Generator]) -> torch.Tensor:
+    """Uniform numbers in [0, 1), `(B, *shape)`, each sample from its own generator."""
+    return torch.stack([torch.rand(shape, generator=source) for source in sources])

@@ -1,0 +1,119 @@
+"""The record of a run: what happened, per step and picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PER_PICTURE = ("loss", "gradient_norm", "step_size")
+
+
+class Record:
+    """One row per visited step, in order.
+
+    A row is a dict: `step` (index into the solver's steps), `visit` (0, or the number of the repeat under time travel),
+    `timestep`, `alpha`, `sigma`, `progress` in [0, 1), `terms` (name -> loss `(B,)`, unweighted), `loss` (the weighted
+    sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`, `peak_memory` (bytes, CUDA only). Steps that
+    were not guided have no loss. Values stay on the device until they are read.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.nonfinite: torch.Tensor | None = None
+        self.settings: dict[str, Any] = {}
+
+    def add(self, **row: Any) -> None:
+        """Append a row."""
+        self.rows.append(row)
+
+    def count_nonfinite(self, bad: torch.Tensor) -> None:
+        """Count, per picture, gradients that were not finite; `bad` is bool `(B,)`."""
+        self.nonfinite = bad.long() if self.nonfinite is None else self.nonfinite + bad.long()
+
+    @property
+    def guided(self) -> list[dict[str, Any]]:
+        """The rows that have a loss."""
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the loss terms."""
+        return list(dict.fromkeys(name for row in self.guided for name in row["terms"]))
+
+    def losses(self, term: str | None = None) -> torch.Tensor:
+        """Losses `(visits, B)` on the CPU: of a term, or the weighted sum; NaN where the term did not act."""
+        rows = self.guided
+        if not rows:
+            return torch.zeros(0, 0)
+        missing = torch.full_like(rows[0]["loss"], float("nan"))
+        values = [row["loss"] if term is None else row["terms"].get(term, missing) for row in rows]
+        return torch.stack(values).float().cpu()
+
+    @staticmethod
+    def joined(records: list[Record]) -> Record:
+        """The record of several batches of one run, side by side."""
+        whole = Record()
+        whole.settings = records[0].settings
+        for rows in zip(*(r.rows for r in records)):
+            row = dict(rows[0], seconds=sum(r["seconds"] for r in rows))
+            for key in PER_PICTURE:
+                if key in row:
+                    row[key] = torch.cat([r[key] for r in rows])
+            if "terms" in row:
+                row["terms"] = {name: torch.cat([r["terms"][name] for r in rows]) for name in row["terms"]}
+            if "peak_memory" in row:
+                row["peak_memory"] = max(r["peak_memory"] for r in rows)
+            whole.rows.append(row)
+        if all(r.nonfinite is not None for r in records):
+            whole.nonfinite = torch.cat([r.nonfinite for r in records])
+        return whole
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; numbers that are not finite become None."""
+        return {"settings": _plain(self.settings), "nonfinite": _plain(self.nonfinite), "rows": _plain(self.rows)}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the record as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), allow_nan=False) + "\n")
+
+    def plot(self, path: str | os.PathLike | None = None):
+        """Plot loss by term, gradient norm and step size against the step: a line per picture, and their median.
+
+        Writes to `path` when given; returns the matplotlib figure.
+        """
+        from matplotlib.figure import Figure
+
+        rows = self.guided
+        panels = [(name, self.losses(name)) for name in self.terms]
+        panels += [(key.replace("_", " "), torch.stack([r[key] for r in rows]).float().cpu())
+                   for key in ("gradient_norm", "step_size") if rows and key in rows[0]]  # fmt: skip
+        figure = Figure(figsize=(4 * max(1, len(panels)), 3.2), layout="constrained")
+        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        position = [row["step"] for row in rows]
+        for axis, (title, values) in zip(axes, panels):
+            axis.plot(position, values.numpy(), color="tab:blue", alpha=min(1.0, 3 / max(1, values.shape[1])), linewidth=0.7)
+            axis.plot(position, values.nanmedian(dim=1).values.numpy(), color="black", linewidth=1.5)
+            axis.set(title=title, xlabel="step")
+            if title in ("gradient norm", "step size") and (values > 0).any():
+                axis.set_yscale("log")
+        if not panels:
+            axes[0].set_title("no guided step")
+        if path is not None:
+            figure.savefig(path, dpi=110)
+        return figure
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value

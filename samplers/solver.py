@@ -1,0 +1,62 @@
+"""A diffusers scheduler as a solver: its levels, its steps, and going back to where it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+
+from .levels import Level, prediction_kind, scheduler_levels
+
+
+class Solver:
+    """A scheduler whose timesteps are set, read once.
+
+    Attributes:
+        timesteps: what the model is told, `(N,)`.
+        levels: `N + 1` noise levels; step `i` leads from `levels[i]` to `levels[i + 1]`.
+        kind: what the model predicts.
+    """
+
+    def __init__(self, scheduler) -> None:
+        self.scheduler = scheduler
+        self.timesteps: torch.Tensor = scheduler.timesteps
+        self.levels: list[Level] = scheduler_levels(scheduler)
+        self.kind: str = prediction_kind(scheduler)
+        self._step_options = set(inspect.signature(type(scheduler).step).parameters)
+
+    @classmethod
+    def of(cls, scheduler, steps: int, device: torch.device | str = "cpu") -> Solver:
+        """A solver of `steps` steps over a copy of the scheduler, which itself is never touched."""
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(steps, device=device)
+        return cls(scheduler)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def initial_sigma(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def model_input(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """The sample as the model wants it: the scheduler's own scaling."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return x
+        return self.scheduler.scale_model_input(x, self.timesteps[index])
+
+    def step(self, prediction: torch.Tensor, index: int, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The scheduler's own step from `levels[index]`; options it does not know (eta, generator) are left out."""
+        known = {name: value for name, value in options.items() if name in self._step_options}
+        return self.scheduler.step(prediction, self.timesteps[index], x, **known, return_dict=False)[0]
+
+    def remember(self) -> dict[str, Any]:
+        """The scheduler's state: step index, histories of multistep solvers."""
+        return {k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in vars(self.scheduler).items()}
+
+    def return_to(self, state: dict[str, Any]) -> None:
+        """Undo every step since `remember`."""
+        vars(self.scheduler).update({k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in state.items()})

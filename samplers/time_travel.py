@@ -1,0 +1,42 @@
+"""Time travel: visit a step several times, re-noising in between (RePaint, Lugmayr et al. 2022; FreeDoM, Yu et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TimeTravel:
+    """Visit each step of a window `repeats` times.
+
+    Args:
+        repeats: visits per step, at least 1.
+        start, stop: the window of sampling progress, [start, stop); 0 is pure noise, 1 the picture.
+    """
+
+    repeats: int = 2
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not 0 <= self.start < self.stop <= 1:
+            raise ValueError(f"time travel needs repeats >= 1 and 0 <= start < stop <= 1, got {self}")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One visit of a step: solver step `step`, visited for the `repeat`-th time (from 0); `last` of its visits or not."""
+
+    step: int
+    repeat: int = 0
+    last: bool = True
+
+
+def visits(steps: int, travel: TimeTravel | None = None) -> list[Visit]:
+    """The order in which `steps` solver steps are visited."""
+    plan = []
+    for step in range(steps):
+        inside = travel is not None and travel.start <= step / steps < travel.stop
+        repeats = travel.repeats if inside else 1
+        plan += [Visit(step, repeat, repeat == repeats - 1) for repeat in range(repeats)]
+    return plan
