@@ -42,6 +42,8 @@ class Guided:
         """Run the pipeline with its own arguments; returns its own output, with the record."""
         call = getattr(type(self.pipe).__call__, "__wrapped__", type(self.pipe).__call__)
         modules = [m for m in getattr(self.pipe, "components", {}).values() if isinstance(m, torch.nn.Module)]
+        if not self.guidance.active:
+            modules = []  # without a graph nothing needs freezing, and torch rounds frozen layers differently
         grad = torch.is_grad_enabled()
         with _own_scheduler(self.pipe) as scheduler, frozen(*modules), _steered(self, scheduler, _seeds(kwargs)) as steering:
             try:
@@ -127,9 +129,10 @@ class _Steering:
         self.timesteps = self.visited = None
         self.started = time.perf_counter()
         self._set, self._step, self._scale = scheduler.set_timesteps, scheduler.step, getattr(scheduler, "scale_model_input", None)
-        scheduler.set_timesteps, scheduler.step = self.set_timesteps, self.step
-        if self._scale is not None:
-            scheduler.scale_model_input = self.scale_model_input
+        for own in (self.set_timesteps, self.step, self.scale_model_input):
+            theirs = getattr(scheduler, own.__name__, None)
+            if theirs is not None:  # pipelines look at the signature to see which options there are
+                setattr(scheduler, own.__name__, functools.wraps(theirs)(functools.partial(own)))
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Set the scheduler's timesteps, then let the pipeline see each as often as it will be visited."""

@@ -78,10 +78,8 @@ def sample(
         raise ValueError(f"steps must be at least 1, got {steps}")
     size = len(seeds) if batch_size is None else max(1, batch_size)
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    with denoiser.frozen():
-        bar = tqdm(total=0, disable=not progress, unit="step")
+    with denoiser.frozen(), tqdm(total=0, disable=not progress, unit="step") as bar:
         done = [_sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar) for batch in batches]
-        bar.close()
     x = torch.cat([x for x, _ in done])
     with torch.no_grad():
         if denoiser.decode is as_picture:

@@ -18,18 +18,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lossguide.losses import demo
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .data import fashion_mnist, jitter
 
 OUT = Path(__file__).parents[2] / "losses" / "demo"
+NOISE = {"guide": 0.1, "judge": 0.05}
 
 
-def roughen(images: torch.Tensor, noise: float = 0.1) -> torch.Tensor:
+def roughen(images: torch.Tensor, noise: float) -> torch.Tensor:
     """Gaussian noise of deviation up to `noise` on half of the pictures, a mild blur on a quarter.
 
     A network that guides meets pictures that are not quite clean: its gradient there should still point at the class.
+    One that judges should not mistake faint grain for another class.
     """
     n = len(images)
     sigma = torch.rand(n, 1, 1, 1) * noise * (torch.rand(n, 1, 1, 1) < 0.5)
@@ -40,7 +42,7 @@ def roughen(images: torch.Tensor, noise: float = 0.1) -> torch.Tensor:
     return images + sigma * torch.randn_like(images)
 
 
-def batches(split: str, epochs: int, batch: int, rough: bool) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+def batches(split: str, epochs: int, batch: int, noise: float) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
     """Progress in [0, 1), augmented pictures (B, 1, 32, 32) and labels (B,), epoch by epoch."""
     images, labels = fashion_mnist(split)
     per_epoch = len(images) // batch
@@ -48,8 +50,7 @@ def batches(split: str, epochs: int, batch: int, rough: bool) -> Iterator[tuple[
         order = torch.randperm(len(images))
         for i in range(per_epoch):
             index = order[i * batch : (i + 1) * batch]
-            picture = jitter(images[index])
-            yield (epoch + i / per_epoch) / epochs, roughen(picture) if rough else picture, labels[index]
+            yield (epoch + i / per_epoch) / epochs, roughen(jitter(images[index]), noise), labels[index]
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -76,6 +77,13 @@ def save(model: nn.Module, path: Path) -> None:
     path.chmod(0o644)  # safetensors writes a file that only its owner can read
 
 
+def load(which: str, folder: Path) -> nn.Module:
+    """A saved classifier, ready to be measured."""
+    network = demo.NETWORKS[which]()
+    network.load_state_dict(load_file(folder / f"{which}.safetensors"))
+    return network.eval()
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, split: str = "test") -> dict[str, float]:
     """Accuracy in all and per class."""
@@ -93,7 +101,7 @@ def train(which: str, epochs: int, batch: int, peak: float, seed: int, out: Path
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05)
     start, mean_loss = time.time(), None
-    for step, (progress, images, labels) in enumerate(batches(which, epochs, batch, rough=which == "guide")):
+    for step, (progress, images, labels) in enumerate(batches(which, epochs, batch, NOISE[which])):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, peak)
         with torch.autocast("cpu", torch.bfloat16):
@@ -108,10 +116,10 @@ def train(which: str, epochs: int, batch: int, peak: float, seed: int, out: Path
             print(f"{which} {progress:.0%} loss {mean_loss:.4f} {time.time() - start:.0f} s", flush=True)
     minutes = (time.time() - start) / 60
     save(average, out / f"{which}.safetensors")
-    figures = accuracy(demo.classifier(which)) if out == OUT else accuracy(average)
+    figures = accuracy(load(which, out))
     print(which, figures)
     return {
-        "split": which, "epochs": epochs, "batch": batch, "learning_rate": peak, "seed": seed,
+        "split": which, "epochs": epochs, "batch": batch, "learning_rate": peak, "seed": seed, "noise": NOISE[which],
         "minutes": round(minutes, 1), "parameters": sum(p.numel() for p in model.parameters()),
         "test_accuracy": figures,
     }  # fmt: skip
@@ -126,8 +134,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--measure", action="store_true", help="measure the networks that are there; do not train")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(arguments.pop("threads"))
+    if arguments.pop("measure"):
+        for which in arguments["only"]:
+            print(which, accuracy(load(which, arguments["out"])))
+        return
     record = arguments["out"] / "classifiers_training.json"
     facts = json.loads(record.read_text()) if record.exists() else {}
     for which in arguments.pop("only"):

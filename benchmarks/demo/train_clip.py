@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from lossguide.losses import demo
 
 from .data import fashion_mnist
-from .train_classifiers import OUT, batches, learning_rate, save, update_average
+from .train_classifiers import NOISE, OUT, batches, learning_rate, save, update_average
 
 CONFIG = {
     "model_cfg": {
@@ -78,13 +78,14 @@ def contrast(logits: torch.Tensor, same: torch.Tensor, smoothing: float = 0.05) 
 
 
 @torch.no_grad()
-def zero_shot(model: open_clip.CLIP, tokenizer) -> dict:
-    """Test accuracy with official names, in all and per class, and how often synonyms pick their class.
+def zero_shot(folder: Path) -> dict:
+    """Figures of the model in a folder: zero-shot test accuracy with official names, in all and per class, and more.
 
     `synonyms` is the mean, `worst_synonym` the lowest accuracy when one class's official name is replaced by one
     synonym; `boots_first` the share of ankle boots among the 1000 test pictures nearest to 'an ankle boot'.
     """
-    model.eval()
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     images, labels = fashion_mnist("test")
     image = torch.cat([model.encode_image(preprocess(part), normalize=True) for part in images.split(500)])
 
@@ -125,7 +126,7 @@ def train(epochs: int, batch: int, texts: int, peak: float, seed: int, out: Path
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}])
     start, mean_loss = time.time(), None
     caption_class = torch.arange(texts) % len(tables)
-    for step, (progress, images, labels) in enumerate(batches("guide", epochs, batch, rough=True)):
+    for step, (progress, images, labels) in enumerate(batches("guide", epochs, batch, NOISE["guide"])):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, peak)
         tokens = torch.stack([tables[c][torch.randint(len(tables[c]), ())] for c in caption_class.tolist()])
@@ -153,7 +154,7 @@ def train(epochs: int, batch: int, texts: int, peak: float, seed: int, out: Path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     save(average, folder / "open_clip_model.safetensors")
-    figures = zero_shot(open_clip.create_model(f"local-dir:{folder}"), open_clip.get_tokenizer(f"local-dir:{folder}"))
+    figures = zero_shot(folder)
     facts = {
         "split": "guide", "epochs": epochs, "batch": batch, "texts": texts, "learning_rate": peak, "seed": seed,
         "minutes": round(minutes, 1), "parameters": sum(p.numel() for p in model.parameters()),
@@ -165,13 +166,17 @@ def train(epochs: int, batch: int, texts: int, peak: float, seed: int, out: Path
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch", type=int, default=128, help="pictures per step")
     parser.add_argument("--texts", type=int, default=60, help="captions per step, spread evenly over the classes")
     parser.add_argument("--peak", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--measure", action="store_true", help="measure the model that is there; do not train")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(arguments.pop("threads"))
-    train(**arguments)
+    if arguments.pop("measure"):
+        print(json.dumps(zero_shot(arguments["out"] / "clip"), indent=1))
+    else:
+        train(**arguments)

@@ -1,0 +1,275 @@
+"""The command line: `lossguide generate`, `restore`, `recipes`, `losses`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..losses import ClipText, Measurement, demo, read_image, registry
+from ..losses.loss import Composable, as_losses
+from . import cli_output as output
+from . import cli_restore as restoring
+from . import recipes as methods
+from .cli_job import BAD, Job, Problem, told
+from .cli_model import SCHEDULERS, known_scheduler
+from .cli_output import PARENT
+from .contact_sheet import Block
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Main(click.Group):
+    """A group that tells every problem in one sentence, and ends with status 130 after Ctrl-C."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+                status = super().main(*args, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            click.echo(f"Error: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("Stopped.", err=True)
+            sys.exit(130)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+@click.group(cls=_Main, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lossguide", prog_name="lossguide")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Steer pretrained diffusion models by a loss, without training.
+
+    \b
+    Examples:
+      lossguide generate "ankle boot"
+      lossguide restore photo.png --task super-resolution --degrade --resize
+      lossguide recipes
+      lossguide losses
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def _recipe(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    with told(LookupError):
+        methods.get(value)
+    return value
+
+
+def _scheduler(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    with told(LookupError):
+        return None if value is None else known_scheduler(value)
+
+
+def _shared(num_images: int) -> Callable[[Callable], Callable]:
+    """The options that `generate` and `restore` share."""
+    option, shown = click.option, {"show_default": True}
+    options = [
+        option("--model", default="demo", **shown, help="demo, a folder in diffusers' format, or a hub id."),
+        option("--recipe", default="auto", callback=_recipe, **shown, help="Method; `lossguide recipes` lists them."),
+        option("--strength", type=click.FloatRange(0), default=1.0, **shown, help="Factor of every step."),
+        option("--steps", type=click.IntRange(1), default=50, **shown, help="Solver steps."),
+        option("--scheduler", callback=_scheduler,
+               help=f"{', '.join(SCHEDULERS)}; default: ddim for the demo, else the model's own."),
+        option("--num-images", type=click.IntRange(1), default=num_images, **shown, help="How many pictures."),
+        option("--batch-size", type=click.IntRange(1), help="Pictures at once; default: up to 64, by text models 1."),
+        option("--seed", type=click.IntRange(0, 2**62), default=0, **shown, help="Of the first picture; then 1 more."),
+        option("--device", default="auto", **shown, help="cpu, cuda, cuda:1 ...; auto: CUDA where there is one."),
+        option("--dtype", type=click.Choice(DTYPES), default="float32", **shown, help="Precision of the model."),
+        option("--out", type=click.Path(file_okay=False, path_type=Path),
+               help=f"Folder for the results; default: in {PARENT}. One that holds results is kept, NAME-2 is taken."),
+        option("--quiet", "-q", is_flag=True, help="No progress bar."),
+    ]  # fmt: skip
+
+    def decorate(command: Callable) -> Callable:
+        for add in reversed(options):
+            command = add(command)
+        return command
+
+    return decorate
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@click.option("--loss", "losses", multiple=True, metavar="TEXT", help="[WEIGHT*]NAME:ARGUMENT, also several times.")
+@click.option(
+    "--clip-model", help="open_clip model or folder for texts; default: demo for --model demo, else ViT-B-32."
+)
+@click.option("--clip-pretrained", default="openai", show_default=True, help="Its weights, where it is given by name.")
+@_shared(num_images=16)
+@click.pass_context
+def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained, **run: Any) -> None:
+    """Draw pictures that a PROMPT or losses describe, beside what the model draws without them.
+
+    Writes each picture as PNG, sheet.png (unguided beside guided from the same noise), record.json and record.png (what
+    happened at each step), and settings.json with the command to run again.
+
+    \b
+    Examples:
+      lossguide generate "ankle boot"
+      lossguide generate --loss class-label:bag --recipe dps --strength 2
+      lossguide generate "a coat" --loss 0.5*color:red --model ./my-model --clip-model ViT-B-32
+      lossguide generate --loss my_losses.py:darkness --scheduler euler-ancestral --steps 100
+    """
+    if prompt is None and not losses:
+        raise Problem(
+            'there is nothing to aim at: give a prompt, such as "ankle boot", or --loss, such as class-label:9'
+        )
+    clip_model = clip_model or ("demo" if run["model"] == "demo" else "ViT-B-32")
+    if prompt is not None and clip_model == "demo":
+        _in_demo_world(prompt)
+    with told(*BAD):
+        loss = _losses(prompt, losses, clip_model, clip_pretrained)
+    job = Job(context, run)
+    with told(*BAD):
+        guidance = job.guidance(loss)
+    name = prompt if prompt is not None else " ".join(losses)
+    with job.folder(output.default_folder(name)) as folder:
+        job.say(f"Drawing {len(job.seeds)} pictures, guided by {run['recipe']}, and then without.")
+        images, record = job.draw(guidance, prompt or "")
+        output.save_pictures(folder, images, job.seeds)
+        plain, _ = job.draw(None, prompt or "")
+        before, after = job.mean_loss(guidance.loss, plain), job.mean_loss(guidance.loss, images)
+        summary = f"loss {before:.4g} -> {after:.4g} (unguided -> guided, mean of {len(images)})"
+        label = prompt if prompt is not None else " + ".join(losses)
+        blocks = [Block("unguided", plain), Block(f"guided: {label}", images)]
+        results = {"loss": {"unguided": before, "guided": after}}
+        job.write(folder, guidance, record, blocks, summary, results, clip_model=clip_model)
+        job.finish(folder, record, summary)
+
+
+@main.command()
+@click.argument("photo", type=click.Path(path_type=Path))
+@click.option("--task", type=click.Choice(restoring.TASKS), required=True, help="What happened to the photo.")
+@click.option("--mask", type=click.Path(path_type=Path), help="inpaint: white = keep; default: transparent = the hole.")
+@click.option("--factor", type=click.IntRange(2), default=4, show_default=True, help="super-resolution: times larger.")
+@click.option("--kernel-size", type=click.IntRange(1), default=9, show_default=True, help="deblur: pixels, odd.")
+@click.option("--blur-sigma", type=click.FloatRange(0), default=2.0, show_default=True, help="deblur: width in pixels.")
+@click.option(
+    "--noise", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="In the photo, which has 0 to 1."
+)
+@click.option("--degrade", is_flag=True, help="Take a clean photo, degrade it by the task, and restore that.")
+@click.option(
+    "--keep", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="inpaint --degrade: share kept."
+)
+@click.option("--resize", is_flag=True, help="Crop and resize the photo to the size that the model needs.")
+@_shared(num_images=4)
+@click.pass_context
+def restore(context: click.Context, photo, task, mask, degrade, resize, **options: Any) -> None:
+    """Restore a PHOTO with a hole, in low resolution, or blurred, by a model of such pictures.
+
+    Several pictures agree with what is left of a photo; each of --num-images is one. Writes them as PNG, degraded.png,
+    sheet.png (degraded, restored, and the original where it is known), record.json, record.png and settings.json.
+
+    \b
+    Examples:
+      lossguide restore small.png --task super-resolution
+      lossguide restore photo.png --task inpaint --mask mask.png
+      lossguide restore clean.png --task deblur --degrade --resize
+    """
+    belongs = {
+        "mask": "inpaint",
+        "keep": "inpaint",
+        "factor": "super-resolution",
+        "kernel_size": "deblur",
+        "blur_sigma": "deblur",
+    }
+    for name, owner in belongs.items():
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and owner != task:
+            raise Problem(f"--{name.replace('_', '-')} belongs to --task {owner}, and the task is {task}")
+        if given and name == "keep" and (mask is not None or not degrade):
+            raise Problem("--keep is the share of pixels that --degrade keeps where no --mask is given")
+    degrading: dict[str, Any] = {
+        key: options.pop(key) for key in ("factor", "kernel_size", "blur_sigma", "noise", "keep")
+    }
+    with told(*BAD):
+        picture, opaque = restoring.read_photo(photo)
+        shown = None if mask is None else read_image(mask)
+    job = Job(context, options)
+    size = job.model.size
+    if size is None:
+        raise Problem(f"the model '{options['model']}' does not tell the size of its pictures, which restoring needs")
+    with told(*BAD):
+        degrading |= {"degrade": degrade, "resize": resize, "mask": shown, "seed": job.seeds[0]}
+        known = restoring.degraded(picture, opaque, task, size, job.model.channels, **degrading)
+        loss = Measurement(known.operator, known.y, sigma=degrading["noise"])
+        guidance = job.guidance(loss)
+    with job.folder(output.default_folder(photo.stem, task)) as folder:
+        job.say(f"Drawing {len(job.seeds)} restorations, guided by {options['recipe']}.")
+        images, record = job.draw(guidance)
+        output.save_pictures(folder, images, job.seeds)
+        known.file.save(folder / "degraded.png")
+        residual, floor = job.mean_loss(loss, images), float(torch.as_tensor(loss.floor).mean())
+        summary = f"residual {residual:.4g}, of which noise of {degrading['noise']:g} explains {floor:.4g}"
+        results: dict[str, Any] = {"residual": residual, "floor": floor}
+        blocks = [Block(f"degraded ({task})", known.picture), Block("restored", images, columns=min(len(images), 4))]
+        if known.original is not None:
+            output.to_pil(known.original[0]).save(folder / "original.png")
+            blocks.append(Block("original", known.original))
+            quality, start = (restoring.psnr(pictures, known.original) for pictures in (images, known.filled))
+            results["psnr"] = {"restored": quality, "degraded": start.item()}
+            told_psnr = (
+                f"{quality.mean():.2f} dB to the original (mean of {len(images)}; degraded {start.item():.2f} dB)"
+            )
+            summary = f"PSNR {told_psnr}, {summary}"
+        job.write(folder, guidance, record, blocks, summary, results)
+        job.finish(folder, record, summary)
+
+
+@main.command("recipes")
+def list_recipes() -> None:
+    """List the methods that --recipe takes."""
+    rows = [(name, (method.__doc__ or "").strip().split("\n")[0]) for name, method in methods.available().items()]
+    _table(rows, "Use one with --recipe NAME.")
+
+
+@main.command("losses")
+def list_losses() -> None:
+    """List the losses that --loss takes."""
+    rows = [tuple(entry) for entry in registry.available()]
+    _table(rows, "Use them with --loss, also several times, with a weight in front: --loss '2.0*clip-text:a boot'.")
+
+
+def _table(rows: list[tuple[str, ...]], note: str) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        click.echo("  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths)), row[-1]]))
+    click.echo(f"\n{note}")
+
+
+def _losses(prompt: str | None, texts: tuple[str, ...], clip_model: str, clip_pretrained: str) -> Composable:
+    """The prompt's CLIP loss and the named ones, summed."""
+    parts: list[Composable] = []
+    if texts:
+        parts.append(registry.parse(texts, clip_model=clip_model, clip_pretrained=clip_pretrained))
+    if prompt is not None:
+        parts.insert(0, ClipText(prompt, model=clip_model, pretrained=clip_pretrained))
+    loss = as_losses(sum(parts))
+    for term in loss.terms():
+        if isinstance(term.loss, ClipText) and clip_model == "demo":
+            _in_demo_world(str(term.loss.settings["prompt"]))
+    return loss
+
+
+def _in_demo_world(prompt: str) -> None:
+    if demo.class_of(prompt) is None:
+        raise Problem(
+            f"the demo draws and knows ten kinds of clothing ({', '.join(demo.CLASSES)}), and '{prompt}' does not name "
+            "exactly one of them; name one, or choose another --model and --clip-model"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""One run of a command: its model, its seeds, what it draws and writes, and how its problems are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import torch
+
+from ..losses.loss import Composable, as_losses
+from ..samplers import Record
+from . import cli_output as output
+from . import recipes
+from .cli_model import PipelineModel, PixelModel, find_device, load_model
+from .contact_sheet import Block, contact_sheet
+from .gradient import loss_gradient
+from .guidance import Guidance
+
+
+class Problem(click.ClickException):
+    """Bad input: told in one sentence on stderr, exit status 2."""
+
+    exit_code = 2
+
+
+@contextmanager
+def told(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds that come from what the user gave, as one sentence."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, (KeyError, IndexError)):  # a bug, not a name that is not known
+            raise
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            raise Problem(f"{error.strerror}: '{error.filename}'") from error
+        raise Problem(str(error) or type(error).__name__) from error
+
+
+BAD = (ValueError, LookupError, OSError)
+
+
+class Job:
+    """One run of a command: its model, its seeds, and what all commands do with them."""
+
+    def __init__(self, context: click.Context, run: dict[str, Any]):
+        self.context, self.run = context, run
+        self.begun = time.perf_counter()
+        with told(*BAD):
+            self.recipe = recipes.get(run["recipe"])
+            device = find_device(run["device"])
+            scheduler = run["scheduler"]
+            if scheduler is None and run["model"] == "demo":
+                scheduler = "ddim"
+            self.model: PixelModel | PipelineModel = load_model(
+                run["model"], scheduler, run["steps"], device, getattr(torch, run["dtype"])
+            )
+        self.resolved: dict[str, Any] = {"device": str(device), "scheduler": scheduler}
+        self.seeds = list(range(run["seed"], run["seed"] + run["num_images"]))
+        self.batch_size = run["batch_size"] or min(len(self.seeds), self.model.largest_batch)
+
+    def say(self, text: str) -> None:
+        """A line about progress, on stderr."""
+        if not self.run["quiet"]:
+            click.echo(text, err=True)
+
+    def guidance(self, loss: Composable) -> Guidance:
+        """The recipe over a loss, which is tried once: a loss that cannot work is told before the work begins."""
+        guidance = self.recipe(loss, strength=self.run["strength"])
+        size = self.model.size or (64, 64)
+        image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.model.device)
+        loss_gradient(image, list(guidance.loss.terms()), None, None)
+        return guidance
+
+    @contextmanager
+    def folder(self, default: Path) -> Iterator[Path]:
+        """The folder for the results."""
+        wanted = self.run["out"] or default
+        self.resolved["out"] = wanted
+        with told(OSError), output.results_folder(wanted) as folder:
+            yield folder
+
+    def draw(self, guidance: Guidance | None, prompt: str = "") -> tuple[torch.Tensor, Record]:
+        """Pictures and record, see `PixelModel.draw`."""
+        try:
+            return self.model.draw(
+                guidance, self.seeds, self.run["steps"], self.batch_size, prompt, progress=not self.run["quiet"]
+            )
+        except FloatingPointError as error:
+            raise Problem(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            self._out_of_memory(error)
+
+    def _out_of_memory(self, error: Exception) -> NoReturn:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "not enough memory" not in text:
+            raise error
+        smaller = f"try --batch-size {self.batch_size // 2}" if self.batch_size > 1 else "--dtype bfloat16 needs less"
+        raise Problem(
+            f"the memory of {self.model.device} does not hold a batch of {self.batch_size}; {smaller}"
+        ) from error
+
+    @torch.no_grad()
+    def mean_loss(self, loss: Composable, images: torch.Tensor) -> float:
+        """The loss of pictures, without augmentation, averaged over them."""
+        parts = images.to(self.model.device).split(self.batch_size)
+        return torch.cat([as_losses(loss)(part) for part in parts]).double().mean().item()
+
+    def write(
+        self,
+        folder: Path,
+        guidance: Guidance,
+        record: Record,
+        blocks: list[Block],
+        summary: str,
+        results: dict,
+        **resolved,
+    ) -> None:
+        """Write sheet, record and settings."""
+        solver = type(self.model.scheduler).__name__
+        run, last = self.run, self.seeds[-1]
+        seeds = f"seed {last}" if len(self.seeds) == 1 else f"seeds {self.seeds[0]} to {last}"
+        summary = f"{summary}; {run['recipe']}, strength {run['strength']:g}, {run['steps']} steps, {solver}, {seeds}"
+        contact_sheet(blocks, summary).save(folder / "sheet.png")
+        record.save(folder / "record.json")
+        record.plot(folder / "record.png")
+        resolved = {**self.resolved, "batch_size": self.batch_size, **resolved}
+        settings = {
+            "directory": Path.cwd(),
+            "command": output.command_line(self.context, **resolved),
+            "options": {**self.context.params, **resolved},
+            "seeds": self.seeds,
+            "scheduler": {"class": solver, **dict(self.model.scheduler.config)},
+            "guidance": guidance.to_dict(),
+            "results": results,
+            "seconds_per_step": self.seconds_per_step(record),
+        }
+        output.write_settings(folder, settings)
+
+    def seconds_per_step(self, record: Record) -> float:
+        """Seconds that one solver step of all pictures took, its repeated visits included."""
+        return sum(row["seconds"] for row in record.rows) / self.run["steps"]
+
+    def finish(self, folder: Path, record: Record, summary: str) -> None:
+        """The last lines: what came out, and where it is."""
+        click.echo(summary)
+        spent = time.perf_counter() - self.begun
+        pace = self.seconds_per_step(record)
+        click.echo(f"{folder / 'sheet.png'} and more beside it; {pace:.2f} s per step, {spent:.0f} s in all")

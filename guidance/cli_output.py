@@ -1,0 +1,107 @@
+"""What the command line leaves behind: a folder of its own per run, the pictures, and how to run it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from .contact_sheet import to_pil
+
+PARENT = "lossguide-out"
+_WRITTEN = re.compile(r"(\d{5,}|sheet|record|degraded|original|mask)\.png|(record|settings)\.json")
+
+
+def default_folder(*words: str) -> Path:
+    """`lossguide-out/ankle-boot` for 'ankle boot'."""
+    slug = re.sub(r"[^\w]+", "-", " ".join(words).lower()).strip("-_")[:60].strip("-_")
+    return Path(PARENT) / (slug or "run")
+
+
+def free_folder(wanted: Path) -> Path:
+    """The folder, or where it holds results already, the first of `<name>-2`, `<name>-3` ... that does not."""
+    folder, number = wanted, 1
+    while folder.is_dir() and any(_WRITTEN.fullmatch(file.name) for file in folder.iterdir()):
+        number += 1
+        whole = wanted.resolve()
+        folder = (
+            wanted.with_name(f"{wanted.name}-{number}")
+            if wanted.name not in ("", "..")
+            else whole.with_name(f"{whole.name}-{number}")
+        )
+    return folder
+
+
+@contextmanager
+def results_folder(wanted: Path) -> Iterator[Path]:
+    """A free folder for the results of one run, made at once; taken away again where nothing came to lie in it.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    folder = free_folder(wanted)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"the folder '{folder}' cannot be written to; choose another with --out")
+    try:
+        yield folder
+    finally:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def save_pictures(folder: Path, images: torch.Tensor, seeds: Sequence[int]) -> None:
+    """Write each picture of `(N, 3, H, W)` as `<seed>.png`."""
+    for seed, image in zip(seeds, images):
+        to_pil(image).save(folder / f"{seed:05d}.png")
+
+
+def command_line(context: click.Context, **resolved: Any) -> str:
+    """The command that runs this again, every setting spelled out; `resolved` takes the place of what was given."""
+    words = ["lossguide", context.info_name or ""]
+    last: list[str] = []
+    for parameter in context.command.params:
+        value = resolved.get(parameter.name, context.params.get(parameter.name))
+        if value is None or value is False or value == ():
+            continue
+        if isinstance(parameter, click.Argument):
+            last.append(str(value))
+        elif value is True:
+            words.append(parameter.opts[-1])
+        else:
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                words += [parameter.opts[-1], str(one)]
+    if any(word.startswith("-") for word in last):
+        words.append("--")
+    return shlex.join(words + last)
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write `settings.json`: the versions, and what is given; numbers that are not finite as null."""
+    versions = {name: metadata.version(name) for name in ("lossguide", "torch", "diffusers")}
+    (folder / "settings.json").write_text(
+        json.dumps(plain({"versions": versions, **settings}), indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def plain(value: Any) -> Any:
+    """Plain data for JSON: tensors as lists, paths as text, what else there is by its `repr`."""
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

@@ -1,0 +1,381 @@
+"""The guided step, held to analytic truths: Gaussian posteriors, finite differences, identities."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+
+import diffusers
+import pytest
+import torch
+from models import Gaussian, tiny_unet, vp_scheduler
+
+from lossguide.guidance import Augment, Guidance, recipes
+from lossguide.guidance.steps import (
+    Chain, Constant, NoiseScaled, Polyak, PolyakToFloor, Rms, Shortest, Signal, SqrtAlpha, StepRule, Unit,
+)  # fmt: skip
+from lossguide.losses import Term
+from lossguide.samplers import Level, Solver, TimeTravel, denoiser, sample
+
+
+def brightness(image):
+    return (image.mean((1, 2, 3)) - 0.7).abs()
+
+
+def squares(image):
+    return (image - 0.8).square().flatten(1).sum(1)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return denoiser(tiny_unet(), vp_scheduler(prediction_type="v_prediction", clip_sample=True))
+
+
+@dataclass(frozen=True)
+class ExactLikelihood(StepRule):
+    """Scales the gradient of .5 (y - H x0)^2 to that of -log p(y | x_t), and to the score edit's units (times s_t)."""
+
+    gaussian: Gaussian
+    h: torch.Tensor
+    variance: float
+
+    def update(self, signal, state):
+        a, s = signal.level.alpha, signal.level.sigma
+        spread = self.h @ self.gaussian.posterior_covariance(a, s) @ self.h
+        return s / (self.variance + spread) * signal.gradient, state
+
+
+def test_exact_likelihood_guidance_samples_the_posterior():
+    """Gaussian data, one linear measurement: mean and covariance of the guided samples are the closed-form posterior's."""
+    root = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.5, 0.0], [-0.3, 0.4, 0.8]], dtype=torch.float64)
+    gaussian = Gaussian(torch.tensor([0.5, -0.2, 0.1]), root @ root.T)
+    h, y, variance = torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64), 1.6, 0.04
+
+    def loss(x):
+        return 0.5 * (y - x.double() @ h).square().flatten(1).sum(1)
+
+    guidance = Guidance(loss, rule=ExactLikelihood(gaussian, h, variance), edit="score")
+    vectors = sample(gaussian.denoiser(2000), guidance, steps=250, seeds=range(10)).samples.reshape(-1, 3).double()
+    gain = gaussian.covariance @ h / (variance + h @ gaussian.covariance @ h)
+    mean = gaussian.mean + gain * (y - h @ gaussian.mean)
+    covariance = gaussian.covariance - torch.outer(gain, h @ gaussian.covariance)
+    torch.testing.assert_close(vectors.mean(0), mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(vectors.T.cov(), covariance, rtol=0, atol=0.04)
+    prior = sample(gaussian.denoiser(2000), None, steps=250, seeds=range(10)).samples.reshape(-1, 3).double()
+    torch.testing.assert_close(prior.T.cov(), gaussian.covariance, rtol=0, atol=0.05)
+
+
+def test_the_gradient_through_the_denoiser_is_that_of_finite_differences():
+    unet = tiny_unet(dtype=torch.float64)
+    solver = Solver.of(vp_scheduler(), 10)
+    solver.kind = "v_prediction"
+    run = Guidance(squares, rule=Constant(1.0)).begin(solver, lambda x: x / 2 + 0.5, [0])
+    visit = run.visits[4]
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def value(x):
+        prediction = unet(x, solver.timesteps[4])[0]
+        return squares(solver.levels[4].x0(prediction, x, "v_prediction") / 2 + 0.5)
+
+    leaf = x.clone().requires_grad_(True)
+    moved = run.step(leaf, unet(leaf, solver.timesteps[4])[0], visit, lambda prediction: torch.zeros_like(x))
+    direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+    assert (-moved * direction).sum().item() == pytest.approx(slope.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_strength_zero_is_bitwise_the_plain_sampler(tiny, scheduler):
+    model = denoiser(tiny.model, getattr(diffusers, scheduler)(beta_schedule="linear"))
+    plain = sample(model, None, steps=6, seeds=[3, 4])
+    zero = sample(model, recipes.auto(brightness, strength=0.0), steps=6, seeds=[3, 4])
+    nothing = sample(model, recipes.auto(None), steps=6, seeds=[3, 4])
+    assert torch.equal(plain.samples, zero.samples) and torch.equal(plain.samples, nothing.samples)
+    assert zero.record.losses().shape == (6, 2), "the loss is still recorded"
+    assert not torch.equal(plain.samples, sample(model, recipes.auto(brightness), steps=6, seeds=[3, 4]).samples)
+
+
+@pytest.mark.parametrize("recipe", recipes.available())
+def test_a_sample_does_not_depend_on_its_batch(tiny, recipe):
+    guidance = recipes.get(recipe)(squares)
+    alone = sample(tiny, guidance, steps=6, seeds=[5])
+    together = sample(tiny, guidance, steps=6, seeds=[5, 0, 1, 2, 3, 4, 6, 7])
+    split = sample(tiny, guidance, steps=6, seeds=[5, 0, 1, 2, 3, 4, 6, 7], batch_size=3)
+    scale = alone.samples.abs().max().clamp_min(1)
+    torch.testing.assert_close(together.samples[:1] / scale, alone.samples / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(split.samples[:1] / scale, alone.samples / scale, rtol=0, atol=1e-5)
+    assert split.record.losses().shape == together.record.losses().shape
+
+
+@pytest.mark.parametrize("recipe", recipes.available())
+def test_every_recipe_lowers_the_loss(tiny, recipe):
+    plain = sample(tiny, None, steps=20, seeds=range(4))
+    strength = {"freedom": 10.0, "mpgd": 10.0}.get(recipe, 1.0)
+    guided = sample(tiny, recipes.get(recipe)(squares, strength=strength), steps=20, seeds=range(4))
+    assert (squares(guided.images) < 0.9 * squares(plain.images)).all()
+
+
+def test_zero_and_nan_gradients_move_nothing_and_are_told(tiny):
+    plain = sample(tiny, None, steps=5, seeds=[0, 1, 2])
+
+    def spoilt(image):
+        value = squares(image)
+        factor = torch.tensor([1.0, float("nan"), 0.0])
+        return value * factor
+
+    guidance = recipes.auto(Term(spoilt, augment=False), time_travel=None)
+    with pytest.warns(RuntimeWarning, match=r"1 of 3 pictures.*picture 1 \(5 times\)"):
+        result = sample(tiny, guidance, steps=5, seeds=[0, 1, 2])
+    # the same step runs, but the sample moves by exactly nothing
+    assert torch.equal(result.samples[1], plain.samples[1]) and torch.equal(result.samples[2], plain.samples[2])
+    assert not torch.equal(result.samples[0], plain.samples[0])
+    assert result.record.nonfinite.tolist() == [0, 5, 0]
+    with pytest.raises(FloatingPointError, match=r"step 0 for pictures \[1\]"):
+        sample(tiny, guidance.replace(raise_on_nonfinite=True), steps=5, seeds=[0, 1, 2])
+    json.loads(json.dumps(result.record.to_dict(), allow_nan=False))
+
+
+RULES = [Constant(), SqrtAlpha(), Rms(), Unit(), Polyak(), PolyakToFloor(), NoiseScaled(),
+         Chain((Unit(), Constant(2.0))), Shortest((Unit(), Polyak()))]  # fmt: skip
+
+
+def _signal(gradient, floor=None):
+    level, after = Level.of(0.6, 0.8), Level.of(0.8, 0.6)
+    return Signal(gradient, torch.full((len(gradient),), 2.0), torch.ones_like(gradient), level, after, floor)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_rules_are_per_sample_and_zero_at_zero(rule):
+    gradient = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradient[1] = 0
+    step, _ = rule.update(_signal(gradient), rule.init(gradient))
+    assert torch.isfinite(step).all() and (step[1] == 0).all() and (step[0] != 0).any()
+    alone, _ = rule.update(_signal(gradient[2:]), rule.init(gradient[2:]))
+    torch.testing.assert_close(step[2:], alone)
+
+
+def test_rules_by_hand():
+    g = torch.tensor([3.0, 4.0], dtype=torch.float64).view(1, 1, 1, 2)
+    cases = {
+        Constant(2.0): 2 * g,
+        SqrtAlpha(0.5): 0.5 * 0.6 * g,
+        Rms(0.1): 0.1 * (0.8 / 0.6) * (2**0.5 / 5) * g,
+        Rms(0.1, by_level=False): 0.1 * (2**0.5 / 5) * g,
+        Unit(0.1): 0.1 * 2**0.5 * g / 5,
+        Polyak(3.0): 3 * 2**0.5 / 25 * g,
+        PolyakToFloor(): 2.0 / 25 * g,
+        # sqrt((1 - a'^2) / (1 - a^2)) sqrt(1 - a^2 / a'^2)
+        NoiseScaled(0.2): 0.2 * 2**0.5 * math.sqrt(0.36 / 0.64) * math.sqrt(1 - 0.36 / 0.64) * g / 5,
+    }
+    for rule, expected in cases.items():
+        torch.testing.assert_close(rule.update(_signal(g), rule.init(g))[0], expected, msg=str(rule))
+    floored = PolyakToFloor().update(_signal(g, floor=torch.tensor([2.5])), None)[0]
+    assert (floored == 0).all(), "below the floor nothing moves"
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_tiny_and_huge_gradients_give_steps_of_the_same_length(size):
+    g = torch.full((1, 1, 2, 2), size)
+    step, _ = NoiseScaled().update(_signal(g), None)
+    reference, _ = NoiseScaled().update(_signal(torch.ones_like(g)), None)
+    torch.testing.assert_close(step, reference)
+
+
+def test_mean_edit_shifts_by_the_next_alpha_and_score_moves_x0_with_the_noise(tiny):
+    solver = Solver.of(vp_scheduler(), 10)
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    prediction = torch.randn_like(x)
+    level, after = solver.levels[3], solver.levels[4]
+
+    def stepped(edit):
+        run = Guidance(squares, rule=Constant(0.01), through="x0", edit=edit).begin(solver, lambda z: z, [0])
+        return run.step(x, prediction, run.visits[3], lambda p: solver.step(p, 3, x))
+
+    plain = solver.step(prediction, 3, x)  # diffusers' tables are float32
+    x0 = level.x0(prediction, x, "epsilon")
+    move = 0.01 * 2 * (x0 - 0.8)
+    torch.testing.assert_close(stepped("shift"), plain - move, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stepped("mean"), plain - after.alpha * move, rtol=1e-5, atol=1e-5)
+    moved_noise = prediction + move
+    by_hand = after.mix((x - level.sigma * moved_noise) / level.alpha, moved_noise)
+    torch.testing.assert_close(stepped("score"), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_one_denoiser_call_per_step_and_no_graph_where_none_is_needed(tiny):
+    calls = []
+
+    def counted(x, t):
+        calls.append(torch.is_grad_enabled() and x.requires_grad)
+        return tiny.model(x, t)[0]
+
+    model = denoiser(counted, tiny.scheduler, shape=tiny.shape)
+    sample(model, Guidance(squares, start=0.4, stop=0.8, augment=Augment.geometric(8)), steps=10, seeds=[0, 1])
+    assert calls == [False] * 4 + [True] * 4 + [False] * 2
+    calls.clear()
+    sample(model, Guidance(squares, through="x0", edit="mean"), steps=4, seeds=[0])
+    assert calls == [False] * 4
+    calls.clear()
+    sample(model, Guidance(squares, every=2), steps=4, seeds=[0])
+    assert calls == [True, False, True, False]
+
+
+def test_weights_never_require_a_gradient_and_are_left_as_found(tiny):
+    tiny.model.requires_grad_(True)
+    seen = []
+
+    def loss(image):
+        seen.append(any(p.requires_grad for p in tiny.model.parameters()))
+        return squares(image)
+
+    sample(tiny, Guidance(loss), steps=2, seeds=[0])
+    assert seen == [False, False] and all(p.requires_grad for p in tiny.model.parameters())
+    assert all(p.grad is None for p in tiny.model.parameters())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        sample(tiny, Guidance(lambda image: (_ for _ in ()).throw(RuntimeError("on purpose"))), steps=2, seeds=[0])
+    assert all(p.requires_grad for p in tiny.model.parameters())
+
+
+def test_copies_in_chunks_give_the_gradient_of_all_at_once():
+    from lossguide.guidance.gradient import loss_gradient
+
+    image = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    draws = torch.rand(6, 3, 9)
+    terms = [Term(squares), Term(brightness, weight=3.0, augment=False)]
+    reference = None
+    for chunk in (100, 6, 1):
+        g, loss, values = loss_gradient(image, terms, Augment(6, chunk=chunk), draws)
+        torch.testing.assert_close(loss, values["squares"] + 3 * values["brightness"])
+        if reference is not None:
+            torch.testing.assert_close(g, reference)
+        reference = g
+    torch.testing.assert_close(values["brightness"], brightness(image))
+
+
+def test_augmentation_is_per_sample_differentiable_and_leaves_what_it_should():
+    image = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    nothing = Augment(1, translate=0, scale=(1, 1), brightness=0, saturation=(1, 1), contrast=(1, 1), cutout=0)
+    torch.testing.assert_close(nothing.apply(image, torch.rand(2, 9)), image)
+    sources = [torch.Generator().manual_seed(i) for i in range(2)]
+    draws = Augment(4).draw(sources)
+    assert draws.shape == (4, 2, 9) and not torch.equal(draws[0], draws[1]) and not torch.equal(draws[:, 0], draws[:, 1])
+    both = Augment(4).apply(image, draws[0])
+    torch.testing.assert_close(both[1:], Augment(4).apply(image[1:], draws[0, 1:]))
+    shifted = Augment(1, translate=0.25, scale=(1, 1), brightness=0, saturation=(1, 1), contrast=(1, 1), cutout=0)
+    right = shifted.apply(image, torch.tensor([[1.0, 0.5, *[0.5] * 7]] * 2))
+    torch.testing.assert_close(right[..., 4:], image[..., :-4])
+    leaf = image.requires_grad_(True)
+    grad = torch.autograd.grad(Augment(4).apply(leaf, draws[0]).square().sum(), leaf)[0]
+    assert torch.isfinite(grad).all() and grad.abs().sum() > 0
+
+
+def test_time_travel_visits_its_window_and_keeps_the_law():
+    """With the exact denoiser of a Gaussian, repeating steps must not change what is sampled."""
+    gaussian = Gaussian(torch.tensor([0.4, -0.4]), torch.tensor([[0.5, 0.2], [0.2, 0.3]]))
+    far = Guidance(lambda x: 0 * x.flatten(1).sum(1), time_travel=TimeTravel(2, 0.2, 0.8))
+    result = sample(gaussian.denoiser(2000), far, steps=300, seeds=range(6))
+    vectors = result.samples.reshape(-1, 2).double()
+    assert [row["step"] for row in result.record.rows].count(150) == 2 and len(result.record.rows) == 300 + 180
+    torch.testing.assert_close(vectors.mean(0), gaussian.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(vectors.T.cov(), gaussian.covariance, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+def test_time_travel_runs_with_any_solver(tiny, scheduler):
+    model = denoiser(tiny.model, getattr(diffusers, scheduler)(beta_schedule="linear"))
+    result = sample(model, recipes.auto(squares), steps=8, seeds=[0, 1])
+    assert torch.isfinite(result.samples).all()
+
+
+def test_flow_matching_models_are_guided_too():
+    """For data at one point the exact flow is (x - m) / sigma; guidance moves what it samples."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+    def flow(x, t):
+        return (x - 0.2 * torch.tanh(x)) / (t / 1000).clamp_min(1e-3)
+
+    model = denoiser(flow, scheduler, shape=(3, 8, 8))
+    plain = sample(model, None, steps=20, seeds=[0])
+    guided = sample(model, recipes.auto(squares, through="x0", edit="mean"), steps=20, seeds=[0])
+    assert squares(guided.images).item() < squares(plain.images).item()
+
+
+def test_half_precision_models_keep_float32_algebra(tiny):
+    from lossguide.samplers.denoiser import as_picture
+
+    half = denoiser(tiny_unet().to(torch.bfloat16), vp_scheduler())
+    seen = []
+
+    def loss(image):
+        seen.append(image.dtype)
+        return squares(image)
+
+    result = sample(half, Guidance(loss), steps=3, seeds=[0])
+    assert half.dtype == torch.bfloat16 and set(seen) == {torch.float32} and result.samples.dtype == torch.float32
+    assert as_picture(torch.zeros(1, 1, 2, 2)).shape == (1, 3, 2, 2)
+
+
+def test_terms_act_in_their_windows_and_by_their_weights(tiny):
+    terms = 2.0 * Term(squares).during(0.5, 1.0) + Term(brightness)
+    record = sample(tiny, Guidance(terms, rule=Constant(0.01)), steps=4, seeds=[0, 1]).record
+    assert record.losses("squares").isnan().all(1).tolist() == [True, True, False, False]
+    torch.testing.assert_close(record.losses()[2:], 2 * record.losses("squares")[2:] + record.losses("brightness")[2:])
+
+
+def test_the_record_saves_and_plots(tiny, tmp_path):
+    result = sample(tiny, recipes.auto(squares), steps=4, seeds=[0, 1])
+    result.record.plot(tmp_path / "loss.png")
+    result.record.save(tmp_path / "record.json")
+    result.save(tmp_path / "pictures")
+    data = json.loads((tmp_path / "record.json").read_text())
+    assert (tmp_path / "loss.png").stat().st_size > 1000 and len(list((tmp_path / "pictures").iterdir())) == 2
+    assert {"step", "visit", "timestep", "terms", "loss", "gradient_norm", "step_size", "seconds"} <= set(data["rows"][0])
+    assert data["settings"]["name"] == "auto"
+
+
+def test_guidance_is_frozen_printable_and_json():
+    guidance = recipes.shen(2.0 * Term(squares) + Term(brightness), strength=0.5)
+    data = json.loads(guidance.to_json())
+    assert data["loss"][0]["weight"] == 2.0 and data["rule"] == {"type": "Polyak", "eta": 1.0} and "2403.12404" in data["citation"]
+    assert "Polyak" in repr(guidance)
+    with pytest.raises(AttributeError):
+        guidance.strength = 2.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Guidance(squares, through="everything"), "through is one of denoiser, x0"),
+        (lambda: Guidance(squares, edit="jump"), "edit is one of"),
+        (lambda: Guidance(squares, start=0.5, stop=0.5), "start < stop"),
+        (lambda: Guidance(squares, strength=-1), "strength"),
+        (lambda: recipes.auto(squares, strenght=2), "no setting strenght"),
+        (lambda: recipes.get("freedon"), "did you mean 'freedom'"),
+        (lambda: TimeTravel(0), "repeats"),
+        (lambda: Augment(0), "copies"),
+        (lambda: denoiser(lambda x, t: x, vp_scheduler()), "pass shape="),
+        (lambda: sample(denoiser(tiny_unet(), vp_scheduler()), None, seeds=[]), "seeds"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(make, message):
+    with pytest.raises((ValueError, TypeError, LookupError), match=message):
+        make()
+
+
+def test_losses_that_cannot_guide_are_told(tiny):
+    with pytest.raises(ValueError, match="'detached' is not differentiable"):
+
+        def detached(image):
+            return squares(image.detach())
+
+        sample(tiny, recipes.auto(detached), steps=2)
+    with pytest.raises(ValueError, match="one number per sample"):
+        sample(tiny, recipes.auto(lambda image: image.mean()), steps=2)
+    frozen = denoiser(lambda x, t: torch.no_grad()(tiny.model)(x, t)[0], tiny.scheduler, shape=tiny.shape)
+    with pytest.raises(ValueError, match="through=\"x0\""):
+        sample(frozen, recipes.auto(squares), steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(frozen, recipes.mpgd(squares), steps=2)
