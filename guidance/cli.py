@@ -80,17 +80,23 @@ def _shared(num_images: int) -> Callable[[Callable], Callable]:
         option("--recipe", default="auto", callback=_recipe, **shown, help="Method; `lossguide recipes` lists them."),
         option("--strength", type=click.FloatRange(0), default=1.0, **shown, help="Factor of every step."),
         option("--steps", type=click.IntRange(1), default=50, **shown, help="Solver steps."),
-        option("--scheduler", callback=_scheduler,
-               help=f"{', '.join(SCHEDULERS)}; default: ddim for the demo, else the model's own."),
+        option(
+            "--scheduler",
+            callback=_scheduler,
+            help=f"{', '.join(SCHEDULERS)}; default: ddim for the demo, else the model's own.",
+        ),
         option("--num-images", type=click.IntRange(1), default=num_images, **shown, help="How many pictures."),
         option("--batch-size", type=click.IntRange(1), help="Pictures at once; default: up to 64, by text models 1."),
-        option("--seed", type=click.IntRange(0, 2**62), default=0, **shown, help="Of the first picture; then 1 more."),
+        option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, **shown, help="First picture's; then 1 more."),
         option("--device", default="auto", **shown, help="cpu, cuda, cuda:1 ...; auto: CUDA where there is one."),
         option("--dtype", type=click.Choice(DTYPES), default="float32", **shown, help="Precision of the model."),
-        option("--out", type=click.Path(file_okay=False, path_type=Path),
-               help=f"Folder for the results; default: in {PARENT}. One that holds results is kept, NAME-2 is taken."),
+        option(
+            "--out",
+            type=click.Path(file_okay=False, path_type=Path),
+            help=f"Folder for the results; default: in {PARENT}. One that holds results is kept, NAME-2 is taken.",
+        ),
         option("--quiet", "-q", is_flag=True, help="No progress bar."),
-    ]  # fmt: skip
+    ]
 
     def decorate(command: Callable) -> Callable:
         for add in reversed(options):
@@ -157,7 +163,11 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
 @click.option("--kernel-size", type=click.IntRange(1), default=9, show_default=True, help="deblur: pixels, odd.")
 @click.option("--blur-sigma", type=click.FloatRange(0), default=2.0, show_default=True, help="deblur: width in pixels.")
 @click.option(
-    "--noise", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="In the photo, which has 0 to 1."
+    "--noise",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Deviation of the photo's noise; pixels are 0 to 1.",
 )
 @click.option("--degrade", is_flag=True, help="Take a clean photo, degrade it by the task, and restore that.")
 @click.option(
@@ -212,9 +222,9 @@ def restore(context: click.Context, photo, task, mask, degrade, resize, **option
         output.save_pictures(folder, images, job.seeds)
         known.file.save(folder / "degraded.png")
         residual, floor = job.mean_loss(loss, images), float(torch.as_tensor(loss.floor).mean())
-        summary = f"residual {residual:.4g}, of which noise of {degrading['noise']:g} explains {floor:.4g}"
+        summary = f"{task}: residual {residual:.4g}, of which noise of {degrading['noise']:g} explains {floor:.4g}"
         results: dict[str, Any] = {"residual": residual, "floor": floor}
-        blocks = [Block(f"degraded ({task})", known.picture), Block("restored", images, columns=min(len(images), 4))]
+        blocks = [Block("degraded", known.picture), Block("restored", images, columns=min(len(images), 4))]
         if known.original is not None:
             output.to_pil(known.original[0]).save(folder / "original.png")
             blocks.append(Block("original", known.original))
@@ -223,7 +233,7 @@ def restore(context: click.Context, photo, task, mask, degrade, resize, **option
             told_psnr = (
                 f"{quality.mean():.2f} dB to the original (mean of {len(images)}; degraded {start.item():.2f} dB)"
             )
-            summary = f"PSNR {told_psnr}, {summary}"
+            summary = f"{summary}; PSNR {told_psnr}"
         job.write(folder, guidance, record, blocks, summary, results)
         job.finish(folder, record, summary)
 

@@ -211,14 +211,12 @@ def _check_steps(scheduler: Any, steps: int) -> None:
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> PixelModel | PipelineModel:
     if name == "demo":
-        from ..samplers import demo
+        from ..samplers.demo import FOLDER, demo
 
         try:
-            return PixelModel(demo.demo(device, dtype, folder=demo.FOLDER))
+            return PixelModel(demo(device, dtype, folder=FOLDER))
         except (OSError, ValueError) as error:
-            raise OSError(
-                f"the demo's weights are not where they belong, '{demo.FOLDER}': {_first_line(error)}"
-            ) from error
+            raise OSError(f"the demo's weights are not where they belong, '{FOLDER}': {_first_line(error)}") from error
     from diffusers import DiffusionPipeline
 
     folder = Path(name).expanduser()

@@ -35,7 +35,7 @@ def contact_sheet(blocks: Sequence[Block], caption: str = "") -> Image.Image:
 
     Args:
         blocks: what to show; a block of more than `MOST` pictures shows its first.
-        caption: a line at the bottom, cut to the width of the sheet.
+        caption: at the bottom, in as many lines as the width of the sheet takes.
     """
     height, width = blocks[0].images.shape[-2:]
     factor = max(1, round(CELL / max(height, width))) if max(height, width) <= LARGEST else LARGEST / max(height, width)
@@ -49,8 +49,10 @@ def contact_sheet(blocks: Sequence[Block], caption: str = "") -> Image.Image:
     widths = [columns * (cell_width + _GAP) - _GAP for columns, _ in grids]
     tall = max(rows for _, rows in grids) * (cell_height + _GAP) - _GAP
     total = sum(widths) + _BETWEEN * (len(blocks) + 1)
-    sheet = Image.new("RGB", (total, tall + _ROW * 2 + _GAP), "white")
-    pen, font, left = ImageDraw.Draw(sheet), _font(), _BETWEEN
+    font = ImageFont.load_default(size=_FONT)
+    lines = _wrapped(caption, font, total - 2 * _BETWEEN)
+    sheet = Image.new("RGB", (total, _ROW + tall + _GAP + _ROW * len(lines)), "white")
+    pen, left = ImageDraw.Draw(sheet), _BETWEEN
     for block, (columns, _), wide in zip(blocks, grids, widths):
         shown = block.images[:MOST]
         more = f" (first {MOST} of {len(block.images)})" if len(block.images) > MOST else ""
@@ -60,13 +62,20 @@ def contact_sheet(blocks: Sequence[Block], caption: str = "") -> Image.Image:
             place = (left + column * (cell_width + _GAP), _ROW + row * (cell_height + _GAP))
             sheet.paste(to_pil(image).resize((cell_width, cell_height), resample), place)
         left += wide + _BETWEEN
-    bottom = sheet.height - _ROW // 2
-    pen.text((_BETWEEN, bottom), _cut(caption, font, total - 2 * _BETWEEN), "dimgray", font, anchor="lm")
+    for i, line in enumerate(lines):
+        pen.text((_BETWEEN, _ROW + tall + _GAP + _ROW * i + _ROW // 2), line, "dimgray", font, anchor="lm")
     return sheet
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=_FONT)
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels; a single word that is wider is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(_cut(word, font, width))
+    return lines
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -9,7 +9,12 @@ from .augment import Augment
 
 
 def loss_gradient(
-    image: torch.Tensor, terms: list[Term], augment: Augment | None, draws: torch.Tensor | None, *, gradient: bool = True
+    image: torch.Tensor,
+    terms: list[Term],
+    augment: Augment | None,
+    draws: torch.Tensor | None,
+    *,
+    gradient: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor, dict[str, torch.Tensor]]:
     """Gradient of the weighted sum of terms at `image`, in one pass per chunk of copies.
 

@@ -45,7 +45,11 @@ class Guided:
         if not self.guidance.active:
             modules = []  # without a graph nothing needs freezing, and torch rounds frozen layers differently
         grad = torch.is_grad_enabled()
-        with _own_scheduler(self.pipe) as scheduler, frozen(*modules), _steered(self, scheduler, _seeds(kwargs)) as steering:
+        with (
+            _own_scheduler(self.pipe) as scheduler,
+            frozen(*modules),
+            _steered(self, scheduler, _seeds(kwargs)) as steering,
+        ):
             try:
                 torch.set_grad_enabled(False)
                 output = call(self.pipe, *args, **kwargs)
@@ -78,7 +82,9 @@ def guide(pipe, guidance: Guidance, *, decode: Callable[[torch.Tensor], torch.Te
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise TypeError(f"{type(pipe).__name__} cannot be guided: it has no scheduler with set_timesteps and step")
     if not isinstance(guidance, Guidance):
-        raise TypeError(f"guide(pipe, guidance) takes what a recipe returns, such as recipes.auto(loss); got {type(guidance).__name__}")
+        raise TypeError(
+            f"guide(pipe, guidance) takes what a recipe returns, such as recipes.auto(loss); got {type(guidance).__name__}"
+        )
     return Guided(pipe, guidance, decode)
 
 
@@ -128,7 +134,11 @@ class _Steering:
         self.position: int | None = None
         self.timesteps = self.visited = None
         self.started = time.perf_counter()
-        self._set, self._step, self._scale = scheduler.set_timesteps, scheduler.step, getattr(scheduler, "scale_model_input", None)
+        self._set, self._step, self._scale = (
+            scheduler.set_timesteps,
+            scheduler.step,
+            getattr(scheduler, "scale_model_input", None),
+        )
         for own in (self.set_timesteps, self.step, self.scale_model_input):
             theirs = getattr(scheduler, own.__name__, None)
             if theirs is not None:  # pipelines look at the signature to see which options there are
@@ -208,7 +218,9 @@ def _steered(guided: Guided, scheduler, seeds: Callable[[int], list[int]]) -> It
     own = "prepare_latents" in vars(pipe)
     prepare = getattr(pipe, "prepare_latents", None)
     models = [getattr(pipe, name, None) for name in ("unet", "transformer")]
-    hooks = [m.register_forward_pre_hook(first_input, with_kwargs=True) for m in models if isinstance(m, torch.nn.Module)]
+    hooks = [
+        m.register_forward_pre_hook(first_input, with_kwargs=True) for m in models if isinstance(m, torch.nn.Module)
+    ]
     if prepare is not None:
 
         @functools.wraps(prepare)

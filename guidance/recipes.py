@@ -34,27 +34,43 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in as_losses(loss).terms())
     rule = Shortest((NoiseScaled(0.4), PolyakToFloor())) if known else NoiseScaled(0.2)
     return _build(
-        loss, strength, changes, rule=rule, augment=Augment.geometric(4), time_travel=TimeTravel(2, 0.25, 0.75), name="auto",
+        loss,
+        strength,
+        changes,
+        rule=rule,
+        augment=Augment.geometric(4),
+        time_travel=TimeTravel(2, 0.25, 0.75),
+        name="auto",
         citation="step length after DSG (Yang et al. 2024, arXiv 2402.03201), augmentation after Shen et al. 2024 (arXiv 2403.12404)",
-    )  # fmt: skip
+    )
 
 
 @_recipe
 def shen(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """Random augmentation (10 copies), Polyak step, 10-fold time travel at t = 800 ... 300 of 1000 (Shen et al. 2024)."""
     return _build(
-        loss, strength, changes, rule=Polyak(1.0), augment=Augment(10), time_travel=TimeTravel(10, 0.2, 0.7), name="shen",
+        loss,
+        strength,
+        changes,
+        rule=Polyak(1.0),
+        augment=Augment(10),
+        time_travel=TimeTravel(10, 0.2, 0.7),
+        name="shen",
         citation="Shen et al., Understanding and Improving Training-free Loss-based Diffusion Guidance, NeurIPS 2024, arXiv 2403.12404",
-    )  # fmt: skip
+    )
 
 
 @_recipe
 def dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """Diffusion posterior sampling: x_{t-1} -= strength * g_x (Chung et al. 2023)."""
     return _build(
-        loss, strength, changes, rule=Constant(1.0), name="dps",
+        loss,
+        strength,
+        changes,
+        rule=Constant(1.0),
+        name="dps",
         citation="Chung et al., Diffusion Posterior Sampling for General Noisy Inverse Problems, ICLR 2023, arXiv 2209.14687",
-    )  # fmt: skip
+    )
 
 
 @_recipe
@@ -64,18 +80,29 @@ def freedom(loss, strength: float = 1.0, rule: str = "rms", **changes: Any) -> G
     if rule not in rules:
         raise ValueError(f"freedom's rule is one of {', '.join(rules)}, got {rule!r}")
     return _build(
-        loss, strength, changes, rule=rules[rule], time_travel=TimeTravel(3, 0.3, 0.6), name="freedom",
+        loss,
+        strength,
+        changes,
+        rule=rules[rule],
+        time_travel=TimeTravel(3, 0.3, 0.6),
+        name="freedom",
         citation="Yu et al., FreeDoM: Training-Free Energy-Guided Conditional Diffusion Model, ICCV 2023, arXiv 2303.09833",
-    )  # fmt: skip
+    )
 
 
 @_recipe
 def mpgd(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """Manifold preserving guidance: x0 moves, the noise stays, no backprop through the denoiser (He et al. 2024)."""
     return _build(
-        loss, strength, changes, rule=Rms(0.02, by_level=False), through="x0", edit="mean", name="mpgd",
+        loss,
+        strength,
+        changes,
+        rule=Rms(0.02, by_level=False),
+        through="x0",
+        edit="mean",
+        name="mpgd",
         citation="He et al., Manifold Preserving Guided Diffusion, ICLR 2024, arXiv 2311.16424",
-    )  # fmt: skip
+    )
 
 
 def _build(loss, strength: float, changes: dict[str, Any], **defaults: Any) -> Guidance:
@@ -85,7 +112,9 @@ def _build(loss, strength: float, changes: dict[str, Any], **defaults: Any) -> G
         unknown = set(changes) - set(Guidance.__dataclass_fields__)
         if not unknown:
             raise
-        raise TypeError(f"a recipe has no setting {', '.join(sorted(unknown))}; settings are {', '.join(Guidance.__dataclass_fields__)}") from error
+        raise TypeError(
+            f"a recipe has no setting {', '.join(sorted(unknown))}; settings are {', '.join(Guidance.__dataclass_fields__)}"
+        ) from error
 
 
 def available() -> dict[str, Callable[..., Guidance]]:

@@ -78,9 +78,13 @@ class Run:
         solver, guidance = self.solver, self.guidance
         level, after = solver.levels[visit.step], solver.levels[visit.step + 1]
         row: dict[str, Any] = dict(
-            step=visit.step, visit=visit.repeat, timestep=float(solver.timesteps[visit.step]), progress=visit.step / len(solver),
-            alpha=level.alpha.tolist(), sigma=level.sigma.tolist(),
-        )  # fmt: skip
+            step=visit.step,
+            visit=visit.repeat,
+            timestep=float(solver.timesteps[visit.step]),
+            progress=visit.step / len(solver),
+            alpha=level.alpha.tolist(),
+            sigma=level.sigma.tolist(),
+        )
         move, terms = None, self._terms(visit)
         if terms:
             move = self._move(x, prediction, terms, level, after, row)
@@ -112,7 +116,7 @@ class Run:
         if through and not (prediction.requires_grad and x.requires_grad):
             raise ValueError(
                 "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in inference "
-                "mode, or is not differentiable; choose through=\"x0\", which needs none"
+                'mode, or is not differentiable; choose through="x0", which needs none'
             )
         with torch.set_grad_enabled(through):
             x0 = level.x0(prediction.to(dtype), x.to(dtype), kind)

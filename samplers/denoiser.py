@@ -39,7 +39,9 @@ class Denoiser:
         if output.shape[1] == 2 * channels and output.shape[2:] == x.shape[2:]:
             output = output[:, :channels]  # the other half is a learned variance
         if output.shape != x.shape:
-            raise ValueError(f"the denoiser must return the shape it was given, {tuple(x.shape)}, but returned {tuple(output.shape)}")
+            raise ValueError(
+                f"the denoiser must return the shape it was given, {tuple(x.shape)}, but returned {tuple(output.shape)}"
+            )
         return output.to(x.dtype)
 
     def frozen(self):
@@ -76,7 +78,9 @@ def denoiser(
         config = getattr(model, "config", None)
         size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
         if size is None or channels is None:
-            raise ValueError(f"{type(model).__name__} does not tell its sample shape: pass shape=(channels, height, width)")
+            raise ValueError(
+                f"{type(model).__name__} does not tell its sample shape: pass shape=(channels, height, width)"
+            )
         shape = (channels, *((size, size) if isinstance(size, int) else size))
     parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
     device, dtype = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)

@@ -29,11 +29,15 @@ class Level:
     @classmethod
     def of(cls, alpha: float | torch.Tensor, sigma: float | torch.Tensor, sigma_data: float = 0.5) -> Level:
         """A level from numbers or tensors."""
-        alpha, sigma = (v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64) for v in (alpha, sigma))
+        alpha, sigma = (
+            v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64) for v in (alpha, sigma)
+        )
         return cls(alpha, sigma, sigma_data)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Level) and torch.equal(self.alpha, other.alpha) and torch.equal(self.sigma, other.sigma)
+        return (
+            isinstance(other, Level) and torch.equal(self.alpha, other.alpha) and torch.equal(self.sigma, other.sigma)
+        )
 
     def _edm(self) -> tuple[torch.Tensor, torch.Tensor]:
         total = self.sigma**2 + self.sigma_data**2
@@ -129,7 +133,11 @@ def scheduler_levels(scheduler) -> list[Level]:
     name, config = type(scheduler).__name__, scheduler.config
     count = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) > count - 1 and scheduler.__class__.__name__ != "CMStochasticIterativeScheduler":
+    if (
+        sigmas is not None
+        and len(sigmas) > count - 1
+        and scheduler.__class__.__name__ != "CMStochasticIterativeScheduler"
+    ):
         sigmas = [float(s) for s in sigmas[: count + 1]]
         sigmas += [0.0] * (count + 1 - len(sigmas))
         if prediction_kind(scheduler) == "flow":
@@ -141,7 +149,9 @@ def scheduler_levels(scheduler) -> list[Level]:
         return [Level.of(1.0, s) for s in sigmas]
     if getattr(scheduler, "alphas_cumprod", None) is not None:
         last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0))
-        cumulative = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double().cpu(), last.double().cpu().view(1)])
+        cumulative = torch.cat(
+            [scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double().cpu(), last.double().cpu().view(1)]
+        )
         return [Level.of(alpha, sigma) for alpha, sigma in zip(cumulative.sqrt(), (1 - cumulative).clamp_min(0).sqrt())]
     raise ValueError(
         f"the noise level of {name} cannot be read: it has neither `sigmas` nor `alphas_cumprod`; "

@@ -89,13 +89,18 @@ class Record:
 
         rows = self.guided
         panels = [(name, self.losses(name)) for name in self.terms]
-        panels += [(key.replace("_", " "), torch.stack([r[key] for r in rows]).float().cpu())
-                   for key in ("gradient_norm", "step_size") if rows and key in rows[0]]  # fmt: skip
+        panels += [
+            (key.replace("_", " "), torch.stack([r[key] for r in rows]).float().cpu())
+            for key in ("gradient_norm", "step_size")
+            if rows and key in rows[0]
+        ]
         figure = Figure(figsize=(4 * max(1, len(panels)), 3.2), layout="constrained")
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         position = [row["step"] for row in rows]
         for axis, (title, values) in zip(axes, panels):
-            axis.plot(position, values.numpy(), color="tab:blue", alpha=min(1.0, 3 / max(1, values.shape[1])), linewidth=0.7)
+            axis.plot(
+                position, values.numpy(), color="tab:blue", alpha=min(1.0, 3 / max(1, values.shape[1])), linewidth=0.7
+            )
             axis.plot(position, values.nanmedian(dim=1).values.numpy(), color="black", linewidth=1.5)
             axis.set(title=title, xlabel="step")
             if title in ("gradient norm", "step size") and (values > 0).any():

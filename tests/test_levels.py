@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lossguide.samplers import Level, Solver, scheduler_levels
 from lossguide.samplers.levels import KINDS
 
@@ -60,7 +59,9 @@ SCHEDULERS = {
     "ddim-leading": diffusers.DDIMScheduler(**VP, clip_sample=False),
     "ddpm": diffusers.DDPMScheduler(**VP, clip_sample=False),
     "euler": diffusers.EulerDiscreteScheduler(**VP),
-    "euler-karras-v": diffusers.EulerDiscreteScheduler(beta_schedule="linear", prediction_type="v_prediction", use_karras_sigmas=True),
+    "euler-karras-v": diffusers.EulerDiscreteScheduler(
+        beta_schedule="linear", prediction_type="v_prediction", use_karras_sigmas=True
+    ),
     "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler(**VP),
     "dpm++": diffusers.DPMSolverMultistepScheduler(**VP, solver_order=1, final_sigmas_type="zero"),
     "dpm++-flow": diffusers.DPMSolverMultistepScheduler(
@@ -82,7 +83,9 @@ def test_a_perfect_prediction_leads_to_the_next_level(name):
         level, after = solver.levels[i], solver.levels[i + 1]
         x = level.mix(x0, noise)
         solver.model_input(x, i)  # some schedulers find their place here
-        out = solver.step(level.prediction(x0, noise, solver.kind), i, x, generator=torch.Generator().manual_seed(100 + i))
+        out = solver.step(
+            level.prediction(x0, noise, solver.kind), i, x, generator=torch.Generator().manual_seed(100 + i)
+        )
         assert out.mean().item() == pytest.approx((after.alpha * 0.3).item(), abs=0.05 * (1 + after.sigma.item()))
         assert (out - after.alpha * x0).std().item() == pytest.approx(after.sigma.item(), rel=0.05, abs=2e-3)
 

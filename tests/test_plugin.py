@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
-from models import tiny_stable_diffusion, tiny_unet, vp_scheduler
-
 from lossguide.guidance import guide, recipes
 from lossguide.samplers import denoiser, sample
+from models import tiny_stable_diffusion, tiny_unet, vp_scheduler
 
 
 def squares(image):
@@ -58,9 +57,14 @@ def state(pipe):
     """What a pipeline must still be after a call."""
     modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
     return (
-        pipe.scheduler, dict(vars(pipe.scheduler)), sorted(vars(pipe)), [p.requires_grad for m in modules for p in m.parameters()],
-        [len(m._forward_pre_hooks) for m in modules], torch.is_grad_enabled(), dict(pipe.config),
-    )  # fmt: skip
+        pipe.scheduler,
+        dict(vars(pipe.scheduler)),
+        sorted(vars(pipe)),
+        [p.requires_grad for m in modules for p in m.parameters()],
+        [len(m._forward_pre_hooks) for m in modules],
+        torch.is_grad_enabled(),
+        dict(pipe.config),
+    )
 
 
 def test_strength_zero_or_no_loss_is_bitwise_the_plain_call(stock):
@@ -133,7 +137,10 @@ def test_the_plugin_and_the_librarys_own_loop_take_the_same_steps():
 
 def test_two_guided_pipelines_do_not_disturb_each_other(stock):
     pipe, options = stock
-    bright, dark = guide(pipe, recipes.auto(squares)), guide(pipe, recipes.auto(lambda image: image.square().mean((1, 2, 3))))
+    bright, dark = (
+        guide(pipe, recipes.auto(squares)),
+        guide(pipe, recipes.auto(lambda image: image.square().mean((1, 2, 3)))),
+    )
     first = images(bright, options, 1, 2)
     images(dark, options, 1, 2)
     assert torch.equal(images(bright, options, 1, 2), first)

@@ -119,10 +119,16 @@ def train(which: str, epochs: int, batch: int, peak: float, seed: int, out: Path
     figures = accuracy(load(which, out))
     print(which, figures)
     return {
-        "split": which, "epochs": epochs, "batch": batch, "learning_rate": peak, "seed": seed, "noise": NOISE[which],
-        "minutes": round(minutes, 1), "parameters": sum(p.numel() for p in model.parameters()),
+        "split": which,
+        "epochs": epochs,
+        "batch": batch,
+        "learning_rate": peak,
+        "seed": seed,
+        "noise": NOISE[which],
+        "minutes": round(minutes, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "test_accuracy": figures,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -156,10 +156,17 @@ def train(epochs: int, batch: int, texts: int, peak: float, seed: int, out: Path
     save(average, folder / "open_clip_model.safetensors")
     figures = zero_shot(folder)
     facts = {
-        "split": "guide", "epochs": epochs, "batch": batch, "texts": texts, "learning_rate": peak, "seed": seed,
-        "minutes": round(minutes, 1), "parameters": sum(p.numel() for p in model.parameters()),
-        "logit_scale": round(average.logit_scale.exp().item(), 2), **figures,
-    }  # fmt: skip
+        "split": "guide",
+        "epochs": epochs,
+        "batch": batch,
+        "texts": texts,
+        "learning_rate": peak,
+        "seed": seed,
+        "minutes": round(minutes, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "logit_scale": round(average.logit_scale.exp().item(), 2),
+        **figures,
+    }
     (out / "clip_training.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
 

@@ -25,17 +25,27 @@ OUT = Path(__file__).parents[2] / "samplers" / "demo" / "unet"
 
 def build_unet() -> UNet2DModel:
     return UNet2DModel(
-        sample_size=32, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 64, 128),
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(32, 64, 128),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), norm_num_groups=8, attention_head_dim=32,
-    )  # fmt: skip
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=32,
+    )
 
 
 def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule="linear", prediction_type="v_prediction", clip_sample=True,
-        set_alpha_to_one=True, timestep_spacing="trailing",
-    )  # fmt: skip
+        num_train_timesteps=1000,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        clip_sample=True,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -90,12 +100,21 @@ def train(steps: int, hours: float, batch: int, peak: float, device: str, work: 
     _checkpoint(work, model, average, optimizer, step, time.time() - start)
     average.half().save_pretrained(out, safe_serialization=True)
     build_scheduler().save_pretrained(out.parent / "scheduler")
-    facts = dict(steps=step, batch=batch, learning_rate=peak, seed=seed, minutes=round((time.time() - start) / 60), loss=mean_loss)
+    facts = dict(
+        steps=step,
+        batch=batch,
+        learning_rate=peak,
+        seed=seed,
+        minutes=round((time.time() - start) / 60),
+        loss=mean_loss,
+    )
     (out.parent / "unet_training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _checkpoint(work, model, average, optimizer, step, spent) -> None:
-    state = dict(model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(), step=step, spent=spent)
+    state = dict(
+        model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(), step=step, spent=spent
+    )
     torch.save(state, work / "state.tmp")
     (work / "state.tmp").replace(work / "state.pt")
     average.save_pretrained(work / "average")
