@@ -1,7 +1,8 @@
 """Text guidance of the demo model by its CLIP, for all ten classes, judged by a classifier that never guides.
 
 Peers run at the best strength of a grid, chosen on other seeds twice: by judge accuracy and by Frechet distance (both
-rows are shown when they differ). `auto` runs at its default. One row per run goes to `results/demo-text.jsonl` as soon as it is
+rows are shown when they differ). `auto` runs at its default. One row per run goes to `results/demo-text.jsonl` as
+soon as it is
 measured; a run that is there already, with the same weights, is not repeated.
 """
 
@@ -19,7 +20,7 @@ from lossguide.guidance import recipes
 from lossguide.losses import ClipText
 from lossguide.losses.clip import load_clip
 from lossguide.losses.demo import CLASSES, classifier
-from lossguide.samplers import Denoiser, demo, sample
+from lossguide.samplers import Denoiser, load_demo, sample
 from torchvision.utils import make_grid, save_image
 
 from .demo.data import fashion_mnist
@@ -138,7 +139,7 @@ def weights_digest(model: Denoiser) -> str:
 
 def run(quick: bool = False, fresh: bool = False) -> None:
     """Print and write the table `results/demo-text.md`, rows, and a contact sheet."""
-    model, judge = demo(), Judge()
+    model, judge = load_demo(), Judge()
     name = "demo-text-quick" if quick else "demo-text"
     rows = Rows(RESULTS / f"{name}.jsonl", weights_digest(model), fresh)
     per_class = 2 * CHUNK if quick else PER_CLASS
@@ -172,7 +173,8 @@ def run(quick: bool = False, fresh: bool = False) -> None:
                     RESULTS / f"{name}-{recipe or 'unguided'}.png",
                 )
         print(
-            f"{stage:6} {recipe or 'unguided':9} {strength:7g}  judge {found['accuracy']:.3f}  guide {found['guide_accuracy']:.3f}  "
+            f"{stage:6} {recipe or 'unguided':9} {strength:7g}  judge {found['accuracy']:.3f}  "
+            f"guide {found['guide_accuracy']:.3f}  "
             f"Frechet {found['frechet']:.2f}  {found['seconds_per_visit'] / found['forward_seconds']:.2f} x forward",
             flush=True,
         )
@@ -199,22 +201,27 @@ def table(final: list[dict], real: dict, real_accuracy: float, per_class: int) -
         "",
         "`python -m benchmarks run demo-text`",
         "",
-        f"The judge, which never guides, is right on {real_accuracy:.3f} of the 10,000 real test pictures. Frechet distance: in the judge's "
-        "penultimate features, to the real test pictures of the class, mean over classes. Peers run at the best strength of a grid "
+        f"The judge, which never guides, is right on {real_accuracy:.3f} of the 10,000 real test pictures. Frechet "
+        "distance: in the judge's "
+        "penultimate features, to the real test pictures of the class, mean over classes. Peers run at the best "
+        "strength of a grid "
         "(by judge accuracy, and by Frechet distance, on other seeds); auto at its default. "
         "`x forward`: median time of a visited step over that of one bare forward of the denoiser in the same run.",
         "",
-        "| recipe | strength | judge accuracy | share of real | guide accuracy | Frechet by class | visited steps | x forward per visit |",
+        "| recipe | strength | judge accuracy | share of real | guide accuracy | Frechet by class | visited steps "
+        "| x forward per visit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in final:
         lines.append(
             f"| {row['recipe'] or 'unguided'} | {row['strength'] if row['recipe'] else '-'} | {row['accuracy']:.3f} | "
-            f"{row['accuracy'] / real_accuracy:.3f} | {row['guide_accuracy']:.3f} | {row['frechet']:.2f} | {row['visits']} | "
+            f"{row['accuracy'] / real_accuracy:.3f} | {row['guide_accuracy']:.3f} | "
+            f"{row['frechet']:.2f} | {row['visits']} | "
             f"{row['seconds_per_visit'] / row['forward_seconds']:.2f} |"
         )
     lines += [
-        f"| real training pictures | - | {real['accuracy']:.3f} | | {real['guide_accuracy']:.3f} | {real['frechet']:.2f} | | |",
+        f"| real training pictures | - | {real['accuracy']:.3f} | | {real['guide_accuracy']:.3f} | "
+        f"{real['frechet']:.2f} | | |",
         "",
     ]
     auto = next(row for row in final if row["recipe"] == "auto")

@@ -8,7 +8,8 @@ from scipy import linalg
 
 
 def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frechet distance between the Gaussians fitted to two sets of features `(N, d)` and `(M, d)` (Heusel et al. 2017)."""
+    """Frechet distance between the Gaussians fitted to two sets of features `(N, d)` and `(M, d)` (Heusel et al.
+    2017)."""
     a, b = a.double().numpy(), b.double().numpy()
     mean = a.mean(0) - b.mean(0)
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)

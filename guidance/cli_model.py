@@ -211,10 +211,10 @@ def _check_steps(scheduler: Any, steps: int) -> None:
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> PixelModel | PipelineModel:
     if name == "demo":
-        from ..samplers.demo import FOLDER, demo
+        from ..samplers.demo import FOLDER, load_demo
 
         try:
-            return PixelModel(demo(device, dtype, folder=FOLDER))
+            return PixelModel(load_demo(device, dtype, folder=FOLDER))
         except (OSError, ValueError) as error:
             raise OSError(f"the demo's weights are not where they belong, '{FOLDER}': {_first_line(error)}") from error
     from diffusers import DiffusionPipeline

@@ -51,8 +51,8 @@ def loss_gradient(
                 value = term(seen).view(copies, batch).mean(0)
                 if gradient and not value.requires_grad:
                     raise ValueError(
-                        f"loss '{term.name}' is not differentiable: its value does not depend on the picture through torch "
-                        "operations (a detach, a numpy call or torch.no_grad inside it?)"
+                        f"loss '{term.name}' is not differentiable: its value does not depend on the picture through "
+                        "torch operations (a detach, a numpy call or torch.no_grad inside it?)"
                     )
                 values[term.name] += share * value.detach().to(image.dtype)
                 weighted = weighted + term.weight * value.sum()

@@ -26,16 +26,20 @@ class Guidance:
     Args:
         loss: any loss, sum of losses, or callable `(B, 3, H, W) -> (B,)`; None guides nothing.
         rule: how far to go along the gradient.
-        through: where the gradient is taken: at `x_t` through the "denoiser", or at "x0" only (no graph of the denoiser).
-        edit: where the step lands: "shift" moves `x_{t-1}` after the solver's step; "score" adds it to the noise prediction
-            and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts `x_{t-1}` by
+        through: where the gradient is taken: at `x_t` through the "denoiser", or at "x0" only (no graph of the
+            denoiser).
+        edit: where the step lands: "shift" moves `x_{t-1}` after the solver's step; "score" adds it to the noise
+            prediction
+            and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts
+            `x_{t-1}` by
             `a_{t-1}` times the step.
         augment: random augmentation, for the terms that it suits.
         time_travel: repeated visits in a window.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
         every: act at every n-th step only.
         strength: factor of every step; 1 is the recipe's own default, 0 samples plainly and only records the loss.
-        raise_on_nonfinite: raise at the first gradient that is not finite, instead of moving nothing and reporting at the end.
+        raise_on_nonfinite: raise at the first gradient that is not finite, instead of moving nothing and
+            reporting at the end.
         name, citation: of the published method.
     """
 

@@ -1,6 +1,7 @@
 """The plug-in: guide any diffusers pipeline through its own `__call__`, without copying or subclassing it.
 
-For the time of one call the pipeline gets a copy of its scheduler, whose `step` first performs the guided step. The model
+For the time of one call the pipeline gets a copy of its scheduler, whose `step` first performs the guided step. The
+model
 output that arrives there carries the graph back to the latents through the pipeline's own classifier-free guidance and
 adapters, so that no second model call is needed.
 """
@@ -66,14 +67,17 @@ class Guided:
 def guide(pipe, guidance: Guidance, *, decode: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Guided:
     """Plug a guidance into a diffusers pipeline: `guide(pipe, recipes.auto(loss))(num_inference_steps=50).images`.
 
-    The returned object takes the pipeline's own arguments and returns its own output, plus `record`. The pipeline and its
-    scheduler are left as found, also after an exception. With strength 0 or no loss the output is bitwise the plain one.
+    The returned object takes the pipeline's own arguments and returns its own output, plus `record`. The pipeline and
+    its
+    scheduler are left as found, also after an exception. With strength 0 or no loss the output is bitwise the plain
+    one.
     Pass a generator per picture for pictures that do not depend on their batch.
 
     Args:
         pipe: a diffusers pipeline with a scheduler: DDPM, DDIM and Stable Diffusion pipelines are tested.
         guidance: what a recipe returned.
-        decode: latents -> picture `(B, 3, H, W)` in [0, 1], differentiable; by default the pipeline's own VAE, or the pixels.
+        decode: latents -> picture `(B, 3, H, W)` in [0, 1], differentiable; by default the pipeline's own VAE, or the
+            pixels.
 
     Raises:
         TypeError: the pipeline has no scheduler with `set_timesteps` and `step`, or `guidance` is not a `Guidance`.
@@ -83,7 +87,8 @@ def guide(pipe, guidance: Guidance, *, decode: Callable[[torch.Tensor], torch.Te
         raise TypeError(f"{type(pipe).__name__} cannot be guided: it has no scheduler with set_timesteps and step")
     if not isinstance(guidance, Guidance):
         raise TypeError(
-            f"guide(pipe, guidance) takes what a recipe returns, such as recipes.auto(loss); got {type(guidance).__name__}"
+            f"guide(pipe, guidance) takes what a recipe returns, such as recipes.auto(loss); "
+            f"got {type(guidance).__name__}"
         )
     return Guided(pipe, guidance, decode)
 

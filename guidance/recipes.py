@@ -1,6 +1,7 @@
 """Published methods, each a few lines over the same pieces; `auto` is the default.
 
-A recipe takes the loss and `strength` (1 is its published or recommended default) and returns a `Guidance`, whose fields can
+A recipe takes the loss and `strength` (1 is its published or recommended default) and returns a `Guidance`, whose
+fields can
 be changed by keyword: `dps(loss, start=0.2)`. `available()` lists them.
 """
 
@@ -27,8 +28,10 @@ def _recipe(function: Callable[..., Guidance]) -> Callable[..., Guidance]:
 def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """The default: a step as long as the sampler's own noise, geometric augmentation, a short time travel.
 
-    The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, so that no strength has to be
-    found per task; where the loss's floor is known (a measurement's noise), the step stops short at it. Wants a stochastic
+    The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, so that no strength
+    has to be
+    found per task; where the loss's floor is known (a measurement's noise), the step stops short at it. Wants a
+    stochastic
     solver (DDIM with eta = 1, DDPM).
     """
     known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in as_losses(loss).terms())
@@ -41,13 +44,14 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         augment=Augment.geometric(4),
         time_travel=TimeTravel(2, 0.25, 0.75),
         name="auto",
-        citation="step length after DSG (Yang et al. 2024, arXiv 2402.03201), augmentation after Shen et al. 2024 (arXiv 2403.12404)",
+        citation="Yang et al. 2024 (DSG, step), arXiv 2402.03201; Shen et al. 2024 (augmentation), arXiv 2403.12404",
     )
 
 
 @_recipe
 def shen(loss, strength: float = 1.0, **changes: Any) -> Guidance:
-    """Random augmentation (10 copies), Polyak step, 10-fold time travel at t = 800 ... 300 of 1000 (Shen et al. 2024)."""
+    """Random augmentation (10 copies), Polyak step, 10-fold time travel at t = 800 ... 300 of 1000 (Shen et al.
+    2024)."""
     return _build(
         loss,
         strength,
@@ -56,7 +60,8 @@ def shen(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         augment=Augment(10),
         time_travel=TimeTravel(10, 0.2, 0.7),
         name="shen",
-        citation="Shen et al., Understanding and Improving Training-free Loss-based Diffusion Guidance, NeurIPS 2024, arXiv 2403.12404",
+        citation="Shen et al., Understanding and Improving Training-free Loss-based Diffusion Guidance, "
+        "NeurIPS 2024, arXiv 2403.12404",
     )
 
 
@@ -69,13 +74,15 @@ def dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         changes,
         rule=Constant(1.0),
         name="dps",
-        citation="Chung et al., Diffusion Posterior Sampling for General Noisy Inverse Problems, ICLR 2023, arXiv 2209.14687",
+        citation="Chung et al., Diffusion Posterior Sampling for General Noisy Inverse Problems, "
+        "ICLR 2023, arXiv 2209.14687",
     )
 
 
 @_recipe
 def freedom(loss, strength: float = 1.0, rule: str = "rms", **changes: Any) -> Guidance:
-    """FreeDoM: step by rms of noise over rms of gradient (rule="rms", CLIP) or by sqrt(alpha) (rule="sqrt-alpha"), time travel x3."""
+    """FreeDoM: step by rms of noise over rms of gradient (rule="rms", CLIP) or by sqrt(alpha) (rule="sqrt-alpha"),
+    time travel x3."""
     rules = {"rms": Rms(0.02, by_level=True), "sqrt-alpha": SqrtAlpha(0.2)}
     if rule not in rules:
         raise ValueError(f"freedom's rule is one of {', '.join(rules)}, got {rule!r}")
@@ -86,7 +93,8 @@ def freedom(loss, strength: float = 1.0, rule: str = "rms", **changes: Any) -> G
         rule=rules[rule],
         time_travel=TimeTravel(3, 0.3, 0.6),
         name="freedom",
-        citation="Yu et al., FreeDoM: Training-Free Energy-Guided Conditional Diffusion Model, ICCV 2023, arXiv 2303.09833",
+        citation="Yu et al., FreeDoM: Training-Free Energy-Guided Conditional Diffusion Model, "
+        "ICCV 2023, arXiv 2303.09833",
     )
 
 
@@ -113,7 +121,8 @@ def _build(loss, strength: float, changes: dict[str, Any], **defaults: Any) -> G
         if not unknown:
             raise
         raise TypeError(
-            f"a recipe has no setting {', '.join(sorted(unknown))}; settings are {', '.join(Guidance.__dataclass_fields__)}"
+            f"a recipe has no setting {', '.join(sorted(unknown))}; "
+            f"settings are {', '.join(Guidance.__dataclass_fields__)}"
         ) from error
 
 

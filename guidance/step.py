@@ -115,8 +115,8 @@ class Run:
         through = guidance.through == "denoiser" and guidance.active
         if through and not (prediction.requires_grad and x.requires_grad):
             raise ValueError(
-                "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in inference "
-                'mode, or is not differentiable; choose through="x0", which needs none'
+                "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in "
+                'inference mode, or is not differentiable; choose through="x0", which needs none'
             )
         with torch.set_grad_enabled(through):
             x0 = level.x0(prediction.to(dtype), x.to(dtype), kind)
@@ -164,8 +164,8 @@ class Run:
             bad = {i: n for i, n in enumerate(count.tolist()) if n}
             told = ", ".join(f"{i} ({n} times)" for i, n in list(bad.items())[:8])
             warnings.warn(
-                f"the loss or its gradient was not finite for {len(bad)} of {len(count)} pictures, which it did not move then: "
-                f"picture {told}{' ...' if len(bad) > 8 else ''}",
+                f"the loss or its gradient was not finite for {len(bad)} of {len(count)} pictures, which it did not "
+                f"move then: picture {told}{' ...' if len(bad) > 8 else ''}",
                 RuntimeWarning,
                 stacklevel=2,
             )

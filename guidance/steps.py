@@ -1,6 +1,7 @@
 """Step rules: how far to go along a gradient. Small pieces `(init, update)`, per sample, after optax.
 
-`update` gets what is known at a step (a `Signal`) and the direction so far, and returns the step to be subtracted and its
+`update` gets what is known at a step (a `Signal`) and the direction so far, and returns the step to be subtracted and
+its
 next state. Every norm is per sample; a zero gradient gives a zero step.
 """
 
@@ -114,7 +115,8 @@ class Unit(StepRule):
 
 @dataclass(frozen=True)
 class Polyak(StepRule):
-    """`eta * ||e|| / ||g||^2 * g`, the noise prediction's norm standing in for the gap of the loss, as published by Shen et al. 2024."""
+    """`eta * ||e|| / ||g||^2 * g`, the noise prediction's norm standing in for the gap of the loss, as published by
+    Shen et al. 2024."""
 
     eta: float = 1.0
 
@@ -125,7 +127,8 @@ class Polyak(StepRule):
 
 @dataclass(frozen=True)
 class PolyakToFloor(StepRule):
-    """`max(L - L*, 0) / ||g||^2 * g`, Polyak's own step to a known floor `L*` (a measurement's noise level; 0 if unknown)."""
+    """`max(L - L*, 0) / ||g||^2 * g`, Polyak's own step to a known floor `L*` (a measurement's noise level; 0 if
+    unknown)."""
 
     def update(self, signal, state):
         gap = signal.loss if signal.floor is None else signal.loss - signal.floor
@@ -137,7 +140,8 @@ class PolyakToFloor(StepRule):
 class NoiseScaled(StepRule):
     """`k * sqrt(n) * s_step * g / ||g||`, `s_step` the spread of the noise that an ancestral solver draws at this step.
 
-    As long as the sampler's own noise, whatever the loss's scale: the radius of DSG (Yang et al. 2024), without its mixing.
+    As long as the sampler's own noise, whatever the loss's scale: the radius of DSG (Yang et al. 2024), without its
+    mixing.
     """
 
     k: float = 0.2

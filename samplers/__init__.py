@@ -1,6 +1,6 @@
 """How an image comes out of noise: noise levels, denoisers, solvers, the sampling loop, time travel, the record."""
 
-from .demo import demo
+from .demo import load_demo
 from .denoiser import Denoiser, denoiser, frozen
 from .levels import Level, prediction_kind, scheduler_levels
 from .loop import Result, sample
@@ -16,7 +16,7 @@ __all__ = [
     "Solver",
     "TimeTravel",
     "Visit",
-    "demo",
+    "load_demo",
     "denoiser",
     "frozen",
     "prediction_kind",

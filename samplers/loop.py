@@ -63,7 +63,8 @@ def sample(
         guidance: what a recipe returned; None for the plain sampler.
         steps: solver steps.
         seeds: one integer per picture.
-        eta: stochasticity of DDIM, 0 (deterministic) to 1 (as DDPM); other schedulers do not know it. Guidance works best
+        eta: stochasticity of DDIM, 0 (deterministic) to 1 (as DDPM); other schedulers do not know it. Guidance works
+            best
             at 1: the noise of later steps washes away what a guiding network was fooled by.
         batch_size: pictures per batch; all at once when None.
         progress: show a progress bar, with the loss on it.

@@ -1,4 +1,5 @@
-"""Time travel: visit a step several times, re-noising in between (RePaint, Lugmayr et al. 2022; FreeDoM, Yu et al. 2023)."""
+"""Time travel: visit a step several times, re-noising in between (RePaint, Lugmayr et al. 2022; FreeDoM, Yu et al.
+2023)."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class TimeTravel:
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit of a step: solver step `step`, visited for the `repeat`-th time (from 0); `last` of its visits or not."""
+    """One visit of a step: solver step `step`, visited for the `repeat`-th time (from 0); `last` of its visits or
+    not."""
 
     step: int
     repeat: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -21,10 +20,9 @@ from lossguide.guidance import cli_job, cli_model, cli_output, cli_restore, cont
 from lossguide.guidance.cli import main
 from lossguide.losses import demo as words
 from lossguide.losses import read_image, registry
+from lossguide.samplers import demo
 from models import tiny_stable_diffusion, vp_scheduler
 from PIL import Image
-
-demo = importlib.import_module("lossguide.samplers.demo")  # whose function of the same name hides it
 
 LOSSES = """
 def bright(image):
@@ -376,7 +374,7 @@ def test_odd_values_become_pictures_all_the_same():
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_ends_with_a_word_and_status_130(place, models):
     code = (
-        "import importlib, pathlib, sys; demo = importlib.import_module('lossguide.samplers.demo');"
+        "import pathlib, sys; from lossguide.samplers import demo;"
         "demo.FOLDER = pathlib.Path(sys.argv.pop(1)); from lossguide.guidance.cli import main; main()"
     )
     command = [sys.executable, "-c", code, str(models / "grey"), "generate", *BRIGHT, "--steps", "900", "--out", "x"]

@@ -57,7 +57,8 @@ class ExactLikelihood(StepRule):
 
 
 def test_exact_likelihood_guidance_samples_the_posterior():
-    """Gaussian data, one linear measurement: mean and covariance of the guided samples are the closed-form posterior's."""
+    """Gaussian data, one linear measurement: mean and covariance of the guided samples are the closed-form
+    posterior's."""
     root = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.5, 0.0], [-0.3, 0.4, 0.8]], dtype=torch.float64)
     gaussian = Gaussian(torch.tensor([0.5, -0.2, 0.1]), root @ root.T)
     h, y, variance = torch.tensor([1.0, -0.5, 0.7], dtype=torch.float64), 1.6, 0.04

@@ -3,7 +3,10 @@
     python -m benchmarks.demo.train_unet --steps 12000
 
 Progress, and with it the learning rate, is the larger of steps done and time spent, so that `--hours` ends a run with a
-properly decayed learning rate on a slow machine. Stops and resumes from the folder `--work`.
+properly decayed learning rate on a slow machine. Stops and resumes from the folder `--work`. Several processes share
+each batch (on a CPU a process per core is far less disturbed by other work than a thread per core):
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.demo.train_unet
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import argparse
 import copy
 import json
 import math
+import os
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import DDIMScheduler, UNet2DModel
 
 from .data import fashion_mnist
@@ -55,7 +60,21 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * max(0.0, (progress - 0.5) / 0.5)))
 
 
+def average_over_processes(model: UNet2DModel, progress: float, world: int) -> float:
+    """Average the gradients over the processes, and the progress with them, so that all end at the same step."""
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([torch.tensor([progress]).to(gradients[0])] + [g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, part in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+    return flat[0].item()
+
+
 def train(steps: int, hours: float, batch: int, peak: float, device: str, work: Path, out: Path, seed: int) -> None:
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        dist.init_process_group("gloo")
     torch.manual_seed(seed)
     images = fashion_mnist("train")[0].to(device) * 2 - 1
     alphas = build_scheduler().alphas_cumprod.to(device)
@@ -70,10 +89,11 @@ def train(steps: int, hours: float, batch: int, peak: float, device: str, work: 
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
-        torch.manual_seed(seed + step)
+    torch.manual_seed(seed + step + 1_000_003 * rank)  # the same weights everywhere, different draws
 
-    mean_loss, start = None, time.time() - spent
-    while (progress := max(step / steps, (time.time() - start) / (hours * 3600))) < 1:
+    batch //= world
+    mean_loss, start, progress = None, time.time() - spent, 0.0
+    while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, peak)
         x0 = images[torch.randint(len(images), (batch,), device=device)]
@@ -85,6 +105,9 @@ def train(steps: int, hours: float, batch: int, peak: float, device: str, work: 
             prediction = model(a * x0 + s * noise, t).sample
         loss = (prediction.float() - (a * noise - s * x0)).square().mean()
         loss.backward()
+        progress = max((step + 1) / steps, (time.time() - start) / (hours * 3600))
+        if world > 1:
+            progress = average_over_processes(model, progress, world)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -93,16 +116,18 @@ def train(steps: int, hours: float, batch: int, peak: float, device: str, work: 
         for slow, fast in zip(average.parameters(), model.parameters()):
             slow.lerp_(fast.detach(), 1 - decay)
         mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
-        if step % 100 == 0:
+        if step % 100 == 0 and rank == 0:
             print(f"{step} loss {mean_loss:.4f} {(time.time() - start) / 60:.1f} min", flush=True)
-        if step % 250 == 0:
+        if step % 250 == 0 and rank == 0:
             _checkpoint(work, model, average, optimizer, step, time.time() - start)
+    if rank:
+        return
     _checkpoint(work, model, average, optimizer, step, time.time() - start)
     average.half().save_pretrained(out, safe_serialization=True)
     build_scheduler().save_pretrained(out.parent / "scheduler")
     facts = dict(
         steps=step,
-        batch=batch,
+        batch=batch * world,
         learning_rate=peak,
         seed=seed,
         minutes=round((time.time() - start) / 60),

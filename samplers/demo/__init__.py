@@ -1,4 +1,5 @@
-"""The built-in demo model: a small unconditional diffusion model of Fashion-MNIST at 32x32, in diffusers' own format."""
+"""The built-in demo model: a small unconditional diffusion model of Fashion-MNIST at 32x32, in diffusers' own
+format."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from ..denoiser import Denoiser, denoiser
 FOLDER = Path(__file__).parent
 
 
-def demo(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> Denoiser:
+def load_demo(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, folder: Path = FOLDER
+) -> Denoiser:
     """The demo's denoiser, DDIM over its own noise schedule; about 11 MB in memory, nothing is downloaded."""
     from diffusers import DDIMScheduler, UNet2DModel
 

@@ -1,0 +1,40 @@
+"""The README's Python snippets, run as they stand; the package's own promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.split("\n")[-2][:40])
+def test_snippets_of_the_readme_run(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(snippet.strip().split("\n")) <= 12
+    scope: dict = {}
+    exec(compile(snippet, "README.md", "exec"), scope)
+    images = scope.get("images", scope["result"].images if "result" in scope else None)
+    assert (tmp_path / "sandal.png").exists() if images is None else (0 <= images.min() and images.max() <= 1)
+
+
+def test_importing_guidance_brings_no_heavy_package():
+    code = "import sys, lossguide.guidance; print([m for m in ('open_clip','lpips','transformers','matplotlib','kornia') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_imports_point_one_way():
+    for folder in ("losses", "samplers"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not re.search(r"^\s*(from|import) .*guidance", file.read_text(), re.MULTILINE), file
+
+
+def test_the_wheel_is_small_and_holds_the_demo():
+    sizes = [f.stat().st_size for folder in ("samplers", "losses") for f in (ROOT / folder).rglob("*.safetensors")]
+    assert len(sizes) == 4 and sum(sizes) < 15e6
