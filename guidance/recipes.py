@@ -50,8 +50,7 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 
 @_recipe
 def shen(loss, strength: float = 1.0, **changes: Any) -> Guidance:
-    """Random augmentation (10 copies), Polyak step, 10-fold time travel at t = 800 ... 300 of 1000 (Shen et al.
-    2024)."""
+    """Augmentation with 10 copies, Polyak step, 10-fold time travel at t = 800 ... 300 (Shen et al. 2024)."""
     return _build(
         loss,
         strength,
@@ -81,8 +80,10 @@ def dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 
 @_recipe
 def freedom(loss, strength: float = 1.0, rule: str = "rms", **changes: Any) -> Guidance:
-    """FreeDoM: step by rms of noise over rms of gradient (rule="rms", CLIP) or by sqrt(alpha) (rule="sqrt-alpha"),
-    time travel x3."""
+    """FreeDoM: step by rms of noise over rms of gradient, time travel x3 (Yu et al. 2023).
+
+    `rule="sqrt-alpha"` steps by sqrt(alpha) instead, as published for faces, segmentation and style.
+    """
     rules = {"rms": Rms(0.02, by_level=True), "sqrt-alpha": SqrtAlpha(0.2)}
     if rule not in rules:
         raise ValueError(f"freedom's rule is one of {', '.join(rules)}, got {rule!r}")
