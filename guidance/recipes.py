@@ -14,7 +14,7 @@ from ..losses.loss import as_losses
 from ..samplers.time_travel import TimeTravel
 from .augment import Augment
 from .guidance import Guidance
-from .steps import Constant, NoiseScaled, Polyak, PolyakToFloor, Rms, Shortest, SqrtAlpha
+from .steps import Constant, NoiseScaled, Polyak, PolyakToFloor, Rms, SqrtAlpha
 
 _RECIPES: dict[str, Callable[..., Guidance]] = {}
 
@@ -28,14 +28,12 @@ def _recipe(function: Callable[..., Guidance]) -> Callable[..., Guidance]:
 def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """The default: a step as long as the sampler's own noise, geometric augmentation, a short time travel.
 
-    The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, so that no strength
-    has to be
-    found per task; where the loss's floor is known (a measurement's noise), the step stops short at it. Wants a
-    stochastic
-    solver (DDIM with eta = 1, DDPM).
+    The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, so that no strength has
+    to be found per task. Where the loss's floor is known (a measurement's noise), it is Polyak's own step to that
+    floor. Wants a stochastic solver (DDIM with eta = 1, DDPM).
     """
     known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in as_losses(loss).terms())
-    rule = Shortest((NoiseScaled(0.4), PolyakToFloor())) if known else NoiseScaled(0.2)
+    rule = PolyakToFloor() if known else NoiseScaled(0.2)
     return _build(
         loss,
         strength,

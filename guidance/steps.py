@@ -167,20 +167,3 @@ class Chain(StepRule):
             signal = replace(signal, gradient=step)
             after.append(own)
         return signal.gradient, tuple(after)
-
-
-@dataclass(frozen=True)
-class Shortest(StepRule):
-    """The shortest, per sample, of the steps that several rules propose."""
-
-    rules: tuple[StepRule, ...]
-
-    def init(self, x):
-        return tuple(rule.init(x) for rule in self.rules)
-
-    def update(self, signal, state):
-        steps, after = zip(*(rule.update(signal, own) for rule, own in zip(self.rules, state)))
-        best = steps[0]
-        for step in steps[1:]:
-            best = torch.where(norm(step) < norm(best), step, best)
-        return best, tuple(after)

@@ -18,7 +18,6 @@ from lossguide.guidance.steps import (
     Polyak,
     PolyakToFloor,
     Rms,
-    Shortest,
     Signal,
     SqrtAlpha,
     StepRule,
@@ -159,7 +158,6 @@ RULES = [
     PolyakToFloor(),
     NoiseScaled(),
     Chain((Unit(), Constant(2.0))),
-    Shortest((Unit(), Polyak())),
 ]
 
 
