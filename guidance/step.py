@@ -80,7 +80,7 @@ class Run:
         row: dict[str, Any] = dict(
             step=visit.step,
             visit=visit.repeat,
-            timestep=float(solver.timesteps[visit.step]),
+            timestep=solver.times[visit.step],
             progress=visit.step / len(solver),
             alpha=level.alpha.tolist(),
             sigma=level.sigma.tolist(),

@@ -113,7 +113,7 @@ def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar)
         with torch.no_grad():
             if run is None:
                 x = solve(prediction)
-                record.add(step=i, visit=0, timestep=float(solver.timesteps[i]), seconds=time.perf_counter() - start)
+                record.add(step=i, visit=0, timestep=solver.times[i], seconds=time.perf_counter() - start)
             else:
                 x = run.step(x, prediction, visit, solve, start)
         if not bar.disable:

@@ -15,7 +15,8 @@ class Solver:
     """A scheduler whose timesteps are set, read once.
 
     Attributes:
-        timesteps: what the model is told, `(N,)`.
+        timesteps: what the model is told, `(N,)`, on the device.
+        times: the same as numbers, read once so that no step waits for the device.
         levels: `N + 1` noise levels; step `i` leads from `levels[i]` to `levels[i + 1]`.
         kind: what the model predicts.
     """
@@ -23,6 +24,7 @@ class Solver:
     def __init__(self, scheduler) -> None:
         self.scheduler = scheduler
         self.timesteps: torch.Tensor = scheduler.timesteps
+        self.times: list[float] = scheduler.timesteps.tolist()
         self.levels: list[Level] = scheduler_levels(scheduler)
         self.kind: str = prediction_kind(scheduler)
         self._step_options = set(inspect.signature(type(scheduler).step).parameters)
