@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from lossguide.guidance import recipes
-from lossguide.losses import ClipText
+from lossguide.losses import ClassLabel, ClipText
 from lossguide.losses.clip import load_clip
 from lossguide.losses.demo import CLASSES, classifier
 from lossguide.samplers import Denoiser, load_demo, sample
@@ -102,6 +102,13 @@ def bare_forward(model: Denoiser, pictures: int) -> float:
     return statistics.median(seconds)
 
 
+def settings_digest(recipe: str | None) -> str | None:
+    """A short digest of a recipe's settings, so that rows of other settings are not mixed in."""
+    if recipe is None:
+        return None
+    return hashlib.sha256(recipes.get(recipe)(ClassLabel(0)).to_json().encode()).hexdigest()[:12]
+
+
 class Rows:
     """Measured rows in a JSON-lines file, found again by what was run."""
 
@@ -114,15 +121,21 @@ class Rows:
     def get(self, **key) -> dict | None:
         if not self.path.exists():
             return None
-        rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # torn by a kill; it will be measured again
         return next(
             (row for row in rows if row["weights"] == self.weights and all(row.get(k) == v for k, v in key.items())),
             None,
         )
 
     def add(self, row: dict) -> dict:
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with self.path.open("a") as file:
-            file.write(json.dumps(row | {"weights": self.weights}) + "\n")
+            file.write("\n" * torn + json.dumps(row | {"weights": self.weights}) + "\n")
         return row
 
 
@@ -147,6 +160,7 @@ def run(quick: bool = False, fresh: bool = False) -> None:
 
     def measure(recipe: str | None, strength: float, stage: str, pictures: int, seed: int) -> dict:
         key = dict(recipe=recipe, strength=strength, stage=stage, pictures=10 * pictures, steps=STEPS, seed=seed)
+        key["settings"] = settings_digest(recipe)
         found = rows.get(**key)
         if found is None:
             forward = bare_forward(model, 10 * min(CHUNK, pictures))

@@ -31,7 +31,7 @@ class Augment:
         brightness: largest brightness change, added.
         saturation, contrast: ranges of their factors.
         cutout: side of the square set to grey, as a share of the side; 0 for none.
-        chunk: most pictures in one pass of the guiding network.
+        chunk: copies go through the guiding network in passes of at most so many pictures, but a whole batch at least.
     """
 
     copies: int = 10

@@ -50,15 +50,35 @@ def loss_gradient(
             for term in group:
                 value = term(seen).view(copies, batch).mean(0)
                 if gradient and not value.requires_grad:
-                    raise ValueError(
-                        f"loss '{term.name}' is not differentiable: its value does not depend on the picture through "
-                        "torch operations (a detach, a numpy call or torch.no_grad inside it?)"
-                    )
+                    raise _not_differentiable([term.name])
                 values[term.name] += share * value.detach().to(image.dtype)
                 weighted = weighted + term.weight * value.sum()
             if gradient:
-                total += share * torch.autograd.grad(weighted, leaf)[0]
+                gradient_here = torch.autograd.grad(weighted, leaf, allow_unused=True)[0]
+                if (
+                    gradient_here is None
+                ):  # something requires a gradient, such as the weights of a network, but not this
+                    raise _not_differentiable([term.name for term in group])
+                total += share * gradient_here
     loss = torch.zeros(batch, device=image.device, dtype=image.dtype)
     for term in terms:
         loss = loss + term.weight * values[term.name]
     return total, loss, values
+
+
+def pulled_back(output: torch.Tensor, source: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The product of `g` `(B, ...)` with the Jacobian of `output` in `source`, per sample.
+
+    `g` is brought to a largest entry of 1 on the way, so that it survives networks in half precision.
+    """
+    largest = g.flatten(1).abs().amax(1).view(-1, *[1] * (g.dim() - 1))
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+    pulled = torch.autograd.grad(output, source, (g / scale).to(output.dtype))[0]
+    return pulled.to(g.dtype) * scale.view(-1, *[1] * (pulled.dim() - 1))
+
+
+def _not_differentiable(names: list[str]) -> ValueError:
+    return ValueError(
+        f"loss {' and '.join(repr(name) for name in names)} is not differentiable: its value does not depend on the "
+        "picture through torch operations (a detach, a numpy call or torch.no_grad inside it?)"
+    )

@@ -29,10 +29,9 @@ class Guidance:
         through: where the gradient is taken: at `x_t` through the "denoiser", or at "x0" only (no graph of the
             denoiser).
         edit: where the step lands: "shift" moves `x_{t-1}` after the solver's step; "score" adds it to the noise
-            prediction
-            and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts
-            `x_{t-1}` by
-            `a_{t-1}` times the step.
+            prediction and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts
+            `x_{t-1}` by `a_{t-1}` times the step. Solvers that do not keep a shift (Heun, UniPC) get the score that a
+            first-order step would turn into it.
         augment: random augmentation, for the terms that it suits.
         time_travel: repeated visits in a window.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
@@ -97,6 +96,8 @@ class Guidance:
             if dataclasses.is_dataclass(value):
                 fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
                 return {"type": type(value).__name__, **fields}
+            if isinstance(value, torch.Tensor):
+                return value.tolist()
             return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
         data = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "loss"}

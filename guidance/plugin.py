@@ -1,8 +1,7 @@
 """The plug-in: guide any diffusers pipeline through its own `__call__`, without copying or subclassing it.
 
 For the time of one call the pipeline gets a copy of its scheduler, whose `step` first performs the guided step. The
-model
-output that arrives there carries the graph back to the latents through the pipeline's own classifier-free guidance and
+model output that arrives there carries the graph back to the latents through the pipeline's own classifier-free guidance and
 adapters, so that no second model call is needed.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +42,7 @@ class Guided:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline with its own arguments; returns its own output, with the record."""
         call = getattr(type(self.pipe).__call__, "__wrapped__", type(self.pipe).__call__)
+        arguments = inspect.signature(call).bind_partial(self.pipe, *args, **kwargs).arguments
         modules = [m for m in getattr(self.pipe, "components", {}).values() if isinstance(m, torch.nn.Module)]
         if not self.guidance.active:
             modules = []  # without a graph nothing needs freezing, and torch rounds frozen layers differently
@@ -49,7 +50,7 @@ class Guided:
         with (
             _own_scheduler(self.pipe) as scheduler,
             frozen(*modules),
-            _steered(self, scheduler, _seeds(kwargs)) as steering,
+            _steered(self, scheduler, _seeds(arguments)) as steering,
         ):
             try:
                 torch.set_grad_enabled(False)
@@ -57,6 +58,7 @@ class Guided:
             finally:
                 torch.set_grad_enabled(grad)
         self.record = steering.run.record if steering.run is not None else Record()
+        self.record.warn_of_nonfinite()
         try:
             output.record = self.record
         except AttributeError:
@@ -68,10 +70,8 @@ def guide(pipe, guidance: Guidance, *, decode: Callable[[torch.Tensor], torch.Te
     """Plug a guidance into a diffusers pipeline: `guide(pipe, recipes.auto(loss))(num_inference_steps=50).images`.
 
     The returned object takes the pipeline's own arguments and returns its own output, plus `record`. The pipeline and
-    its
-    scheduler are left as found, also after an exception. With strength 0 or no loss the output is bitwise the plain
-    one.
-    Pass a generator per picture for pictures that do not depend on their batch.
+    its scheduler are left as found, also after an exception. With strength 0 or no loss the output is bitwise the plain
+    one. Pass a generator per picture for pictures that do not depend on their batch.
 
     Args:
         pipe: a diffusers pipeline with a scheduler: DDPM, DDIM and Stable Diffusion pipelines are tested.
@@ -106,9 +106,9 @@ def _decoder(pipe) -> Callable[[torch.Tensor], torch.Tensor]:
     return decode
 
 
-def _seeds(kwargs: dict[str, Any]) -> Callable[[int], list[int]]:
-    """Seeds of guidance's own draws for a batch: from the caller's generators, else drawn from torch's."""
-    generator = kwargs.get("generator")
+def _seeds(arguments: dict[str, Any]) -> Callable[[int], list[int]]:
+    """Seeds of guidance's own draws for a batch: those of the caller's generators, else torch's own and the next ones."""
+    generator = arguments.get("generator")
 
     def seeds(batch: int) -> list[int]:
         if isinstance(generator, (list, tuple)) and len(generator) == batch:
@@ -139,19 +139,16 @@ class _Steering:
         self.position: int | None = None
         self.timesteps = self.visited = None
         self.started = time.perf_counter()
-        self._set, self._step, self._scale = (
-            scheduler.set_timesteps,
-            scheduler.step,
-            getattr(scheduler, "scale_model_input", None),
-        )
-        for own in (self.set_timesteps, self.step, self.scale_model_input):
-            theirs = getattr(scheduler, own.__name__, None)
-            if theirs is not None:  # pipelines look at the signature to see which options there are
-                setattr(scheduler, own.__name__, functools.wraps(theirs)(functools.partial(own)))
+        self._of: dict[str, Callable] = {}
+        for own in (self.set_timesteps, self.step, self.scale_model_input, self.set_begin_index):
+            name = own.__name__
+            if hasattr(scheduler, name):  # pipelines look at the signature to see which options there are
+                self._of[name] = getattr(scheduler, name)
+                setattr(scheduler, name, functools.wraps(self._of[name])(functools.partial(own)))
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Set the scheduler's timesteps, then let the pipeline see each as often as it will be visited."""
-        self._set(*args, **kwargs)
+        self._of["set_timesteps"](*args, **kwargs)
         solver = Solver(self.scheduler)
         self.run = self.guided.guidance.begin(solver, self.guided._decode, self.seeds)
         self.position, self.timesteps, self.visited = None, solver.timesteps, solver.timesteps
@@ -172,17 +169,32 @@ class _Steering:
     def scale_model_input(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The scheduler's own scaling of the model's input."""
         with self._true_timesteps():
-            return self._scale(*args, **kwargs)
+            return self._of["scale_model_input"](*args, **kwargs)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Pipelines that start in the middle say so here."""
+        if begin_index:
+            raise self._starts_in_the_middle()
+        self._of["set_begin_index"](begin_index)
+
+    def _starts_in_the_middle(self) -> ValueError:
+        return ValueError(
+            f"{type(self.guided.pipe).__name__} starts in the middle of its schedule (image-to-image), which is not "
+            "supported yet; use a pipeline that starts from noise, or strength=1.0"
+        )
 
     def leaf(self, x: torch.Tensor) -> torch.Tensor:
-        """The first latents, as a leaf that requires grad where the first visit needs the graph."""
-        return x.detach().requires_grad_(True) if torch.is_grad_enabled() else x
+        """The first latents, as a leaf that requires grad where gradients are taken through the denoiser."""
+        guidance = self.guided.guidance
+        return x.detach().requires_grad_(True) if guidance.active and guidance.through == "denoiser" else x
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The guided step in place of the scheduler's; same arguments and output."""
         run, visits = self.run, self.run.visits
-        if self.position is None:  # image-to-image pipelines enter in the middle
-            self.position = int((self.visited == timestep).nonzero()[0])
+        if self.position is None:
+            if self.guided.guidance.active and timestep != self.visited[0]:
+                raise self._starts_in_the_middle()
+            self.position = 0
         visit = visits[self.position]
         kwargs["return_dict"] = kwargs.get("return_dict", True)
         channels, output = sample.shape[1], None
@@ -192,7 +204,7 @@ class _Steering:
             nonlocal output
             if variance.shape[1]:
                 prediction = torch.cat([prediction, variance], 1)
-            output = self._step(prediction, timestep, sample.detach(), *args, **kwargs)
+            output = self._of["step"](prediction, timestep, sample.detach(), *args, **kwargs)
             return output[0]
 
         with self._true_timesteps():
@@ -223,10 +235,11 @@ def _steered(guided: Guided, scheduler, seeds: Callable[[int], list[int]]) -> It
     own = "prepare_latents" in vars(pipe)
     prepare = getattr(pipe, "prepare_latents", None)
     models = [getattr(pipe, name, None) for name in ("unet", "transformer")]
-    hooks = [
-        m.register_forward_pre_hook(first_input, with_kwargs=True) for m in models if isinstance(m, torch.nn.Module)
-    ]
-    if prepare is not None:
+    hooks = []
+    if prepare is None:
+        models = [m for m in models if isinstance(m, torch.nn.Module)]
+        hooks = [m.register_forward_pre_hook(first_input, with_kwargs=True) for m in models]
+    else:
 
         @functools.wraps(prepare)
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from ..losses.loss import as_losses
 from ..samplers.time_travel import TimeTravel
 from .augment import Augment
 from .guidance import Guidance
-from .steps import Constant, NoiseScaled, Polyak, PolyakToFloor, Rms, SqrtAlpha
+from .steps import Constant, NoiseScaled, Polyak, PolyakToFloor, Rms, Shortest, SqrtAlpha, Unit
 
 _RECIPES: dict[str, Callable[..., Guidance]] = {}
 
@@ -30,10 +30,10 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 
     The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, so that no strength has
     to be found per task. Where the loss's floor is known (a measurement's noise), it is Polyak's own step to that
-    floor. Wants a stochastic solver (DDIM with eta = 1, DDPM).
+    floor, at most as long as pure noise. Wants a stochastic solver (DDIM with eta = 1, DDPM).
     """
     known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in as_losses(loss).terms())
-    rule = PolyakToFloor() if known else NoiseScaled(0.2)
+    rule = Shortest((PolyakToFloor(), Unit(1.0))) if known else NoiseScaled(0.2)
     return _build(
         loss,
         strength,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,9 @@ from ..samplers.random import generators, randn
 from ..samplers.record import Record
 from ..samplers.solver import Solver
 from ..samplers.time_travel import Visit, visits
-from .gradient import loss_gradient
+from .gradient import loss_gradient, pulled_back
 from .guidance import Guidance
-from .steps import Signal, norm
+from .steps import Signal, norm, per_sample
 
 
 class Run:
@@ -33,7 +32,8 @@ class Run:
         self.guidance = guidance
         self.solver = solver
         self.decode = decode
-        self.visits: list[Visit] = visits(len(solver), guidance.time_travel if guidance.active else None)
+        travel = guidance.time_travel if guidance.active else None
+        self.visits: list[Visit] = visits(len(solver), travel, lambda step: bool(self._terms(step)))
         self.record = Record()
         self.record.settings = guidance.to_dict()
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)
@@ -43,13 +43,13 @@ class Run:
     def needs_graph(self, visit: Visit) -> bool:
         """Whether this visit needs the denoiser's graph from sample to prediction."""
         guidance = self.guidance
-        return guidance.active and guidance.through == "denoiser" and bool(self._terms(visit))
+        return guidance.active and guidance.through == "denoiser" and bool(self._terms(visit.step))
 
-    def _terms(self, visit: Visit) -> list:
+    def _terms(self, step: int) -> list:
         steps = len(self.solver)
-        if not self.guidance.acts_at(visit.step, steps):
+        if not self.guidance.acts_at(step, steps):
             return []
-        return [term for term in self.guidance.loss.terms() if term.acts_at(visit.step / steps)]
+        return [term for term in self.guidance.loss.terms() if term.acts_at(step / steps)]
 
     def step(
         self,
@@ -85,18 +85,24 @@ class Run:
             alpha=level.alpha.tolist(),
             sigma=level.sigma.tolist(),
         )
-        move, terms = None, self._terms(visit)
+        move, terms = None, self._terms(visit.step)
         if terms:
             move = self._move(x, prediction, terms, level, after, row)
         x, prediction = x.detach(), prediction.detach()
+        shift = score = None
         if move is not None and guidance.edit == "score":
-            prediction = _scored(x, prediction, move, level, solver.kind)
+            score = move
+        elif move is not None:
+            shift = after.alpha * move if guidance.edit == "mean" else move
+            if not solver.keeps_shifts:
+                shift, score = None, _score_for_shift(shift, level, after)
+        if score is not None:
+            prediction = _scored(x, prediction, score, level, solver.kind)
         before = None if visit.last else solver.remember()
         with torch.no_grad():
             x_next = solve(prediction)
-            if move is not None and guidance.edit != "score":
-                factor = after.alpha if guidance.edit == "mean" else 1.0
-                x_next = (x_next.to(move.dtype) - factor * move).to(x_next.dtype)
+            if shift is not None:
+                x_next = (x_next.to(shift.dtype) - shift).to(x_next.dtype)
             if not visit.last:
                 noise = randn(tuple(x.shape[1:]), self._sources, like=x_next)
                 x_next = after.renoise(x_next, level, noise)
@@ -104,8 +110,6 @@ class Run:
         if x.is_cuda:
             row["peak_memory"] = torch.cuda.max_memory_allocated(x.device)
         self.record.add(**row, seconds=time.perf_counter() - started)
-        if visit is self.visits[-1]:
-            self._report()
         return x_next
 
     def _move(self, x, prediction, terms, level: Level, after: Level, row: dict) -> torch.Tensor | None:
@@ -116,7 +120,8 @@ class Run:
         if through and not (prediction.requires_grad and x.requires_grad):
             raise ValueError(
                 "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in "
-                'inference mode, or is not differentiable; choose through="x0", which needs none'
+                "inference mode, is not differentiable, or a callback returned a sample without gradients; choose "
+                'through="x0", which needs none'
             )
         with torch.set_grad_enabled(through):
             x0 = level.x0(prediction.to(dtype), x.to(dtype), kind)
@@ -125,19 +130,23 @@ class Run:
         if g is None:
             return None
         if through:
-            g = torch.autograd.grad(x0, x, g.to(x0.dtype))[0].to(dtype)
+            g = pulled_back(x0, x, g).to(dtype)
         fine = torch.isfinite(g).flatten(1).all(1) & torch.isfinite(loss)
-        g = torch.where(fine.view(-1, *[1] * (g.dim() - 1)), g, 0)
-        self.record.count_nonfinite(~fine)
-        if guidance.raise_on_nonfinite and not bool(fine.all()):
-            bad = (~fine).nonzero().flatten().tolist()
-            raise FloatingPointError(f"the loss or its gradient is not finite at step {row['step']} for pictures {bad}")
+        g = torch.where(per_sample(fine, g, torch.bool), g, 0)
         floor = _floor(terms, loss)
         with torch.no_grad():
             noise = level.noise(prediction.detach().to(dtype), x.detach().to(dtype), kind)
             signal = Signal(g, torch.nan_to_num(loss), noise, level, after, floor)
             move, self._state = guidance.rule.update(signal, self._state)
             move = guidance.strength * move
+            fine = fine & torch.isfinite(move).flatten(1).all(1)
+            move = torch.where(per_sample(fine, move, torch.bool), move, 0)
+        self.record.count_nonfinite(~fine)
+        if guidance.raise_on_nonfinite and not bool(fine.all()):
+            bad = (~fine).nonzero().flatten().tolist()
+            raise FloatingPointError(
+                f"the loss, its gradient or its step is not finite at step {row['step']} for pictures {bad}"
+            )
         row.update(gradient_norm=norm(g).flatten(), step_size=norm(move).flatten())
         return move
 
@@ -155,27 +164,29 @@ class Run:
         augment = None if draws is None else guidance.augment
         g, loss, values = loss_gradient(seen, terms, augment, draws, gradient=guidance.active)
         if g is not None:
-            g = torch.autograd.grad(image, leaf, g.to(image.dtype))[0]
+            g = pulled_back(image, leaf, g)
         return g, loss, values
-
-    def _report(self) -> None:
-        count = self.record.nonfinite
-        if count is not None and bool(count.any()):
-            bad = {i: n for i, n in enumerate(count.tolist()) if n}
-            told = ", ".join(f"{i} ({n} times)" for i, n in list(bad.items())[:8])
-            warnings.warn(
-                f"the loss or its gradient was not finite for {len(bad)} of {len(count)} pictures, which it did not "
-                f"move then: picture {told}{' ...' if len(bad) > 8 else ''}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
 
 def _scored(x: torch.Tensor, prediction: torch.Tensor, move: torch.Tensor, level: Level, kind: str) -> torch.Tensor:
-    """The prediction whose noise is larger by `move`, and whose x0 is that of the same sample."""
+    """The prediction whose noise is larger by `move`, and whose x0 is that of the same sample.
+
+    Where the sample holds no x0 (alpha = 0) the noise says nothing about it, and nothing moves.
+    """
+    if not bool((level.alpha > 0).all()):
+        return prediction
     sample = x.to(move.dtype)
     noise = level.noise(prediction.to(move.dtype), sample, kind) + move
     return level.prediction(level.x0(noise, sample, "epsilon"), noise, kind).to(prediction.dtype)
+
+
+def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.Tensor | None:
+    """The change of the noise prediction that makes a first-order step `a' x0 + s' e` land `shift` lower.
+
+    With x0 moving along, `e + w` moves the step's end by `-a' (s / a - s' / a') w`; None where the level stays the same.
+    """
+    scale = after.alpha * level.sigma / level.alpha - after.sigma
+    return shift / scale if bool((scale > 1e-6 * level.sigma).all()) else None
 
 
 def _floor(terms: list, loss: torch.Tensor) -> torch.Tensor | None:

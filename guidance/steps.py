@@ -1,7 +1,6 @@
 """Step rules: how far to go along a gradient. Small pieces `(init, update)`, per sample, after optax.
 
-`update` gets what is known at a step (a `Signal`) and the direction so far, and returns the step to be subtracted and
-its
+`update` gets what is known at a step (a `Signal`, with the direction so far) and returns the step to be subtracted and its
 next state. Every norm is per sample; a zero gradient gives a zero step.
 """
 
@@ -61,9 +60,9 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return scaled / torch.where(length > 0, length, 1)
 
 
-def per_sample(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Numbers `(B,)` shaped to broadcast against `like` `(B, ...)`."""
-    return value.to(like).view(-1, *[1] * (like.dim() - 1))
+def per_sample(value: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Numbers `(B,)` shaped to broadcast against `like` `(B, ...)`, in its dtype unless another is given."""
+    return value.to(like.device, dtype or like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def _over(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
@@ -99,7 +98,8 @@ class Rms(StepRule):
     by_level: bool = True
 
     def update(self, signal, state):
-        factor = signal.level.sigma / signal.level.alpha if self.by_level else 1.0
+        level = signal.level
+        factor = _over(level.sigma, level.alpha) if self.by_level else 1.0
         return self.size * factor * norm(signal.noise) * unit(signal.gradient), state
 
 
@@ -149,6 +149,23 @@ class NoiseScaled(StepRule):
     def update(self, signal, state):
         radius = self.k * signal.gradient[0].numel() ** 0.5 * signal.level.step_std(signal.next_level)
         return radius * unit(signal.gradient), state
+
+
+@dataclass(frozen=True)
+class Shortest(StepRule):
+    """The shortest, per sample, of the steps that several rules propose."""
+
+    rules: tuple[StepRule, ...]
+
+    def init(self, x):
+        return tuple(rule.init(x) for rule in self.rules)
+
+    def update(self, signal, state):
+        steps, after = zip(*(rule.update(signal, own) for rule, own in zip(self.rules, state)))
+        best = steps[0]
+        for step in steps[1:]:
+            best = torch.where(norm(step) < norm(best), step, best)
+        return best, tuple(after)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .levels import check_kind
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -31,14 +33,14 @@ class Denoiser:
     dtype: torch.dtype
 
     def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The model's prediction `(B, C, H, W)` at model input `x` and timestep `t`, in the dtype of `x`."""
+        """What the model returns at model input `x` and timestep `t`, in the dtype of `x`.
+
+        The prediction `(B, C, H, W)`; `(B, 2 C, H, W)` from a model that also predicts a variance.
+        """
         output = self.model(x.to(self.dtype), t)
         if not isinstance(output, torch.Tensor):
             output = output[0]
-        channels = x.shape[1]
-        if output.shape[1] == 2 * channels and output.shape[2:] == x.shape[2:]:
-            output = output[:, :channels]  # the other half is a learned variance
-        if output.shape != x.shape:
+        if output.shape != x.shape and output.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
             raise ValueError(
                 f"the denoiser must return the shape it was given, {tuple(x.shape)}, but returned {tuple(output.shape)}"
             )
@@ -56,6 +58,8 @@ def denoiser(
     kind: str | None = None,
     shape: tuple[int, ...] | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Denoiser:
     """Adapt a model to the sampling loop.
 
@@ -67,13 +71,20 @@ def denoiser(
         shape: shape of one sample; by default read from the model's config.
         decode: sample -> picture for the losses, differentiable; by default from [-1, 1] to [0, 1], one channel
             repeated to three.
+        device, dtype: where and in what precision the model runs; by default those of its parameters, else CPU, float32.
 
     Raises:
-        TypeError: the model is not callable.
-        ValueError: the model does not tell its shape and none is given.
+        TypeError: the model is not callable, or is a whole pipeline.
+        ValueError: there is no such kind, or the model does not tell its shape and none is given.
     """
+    if hasattr(model, "components") and hasattr(model, "scheduler"):
+        raise TypeError(
+            f"{type(model).__name__} is a whole pipeline: use guide(pipe, guidance), or its unet and scheduler"
+        )
     if not callable(model):
         raise TypeError(f"a denoiser is a callable (x_t, t) -> prediction, got {type(model).__name__}")
+    if kind is not None:
+        check_kind(kind)
     if shape is None:
         config = getattr(model, "config", None)
         size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
@@ -83,8 +94,9 @@ def denoiser(
             )
         shape = (channels, *((size, size) if isinstance(size, int) else size))
     parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-    device, dtype = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
-    return Denoiser(model, scheduler, tuple(shape), kind, decode or as_picture, device, dtype)
+    own = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    device = own[0] if device is None else torch.device(device)
+    return Denoiser(model, scheduler, tuple(shape), kind, decode or as_picture, device, dtype or own[1])
 
 
 def as_picture(x: torch.Tensor) -> torch.Tensor:

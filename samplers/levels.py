@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-KINDS = ("epsilon", "sample", "v_prediction", "flow", "edm")
+_UNREADABLE = ("CMStochastic", "KDPM2")  # their sigmas are not the levels at which the model is asked
+KINDS = ("epsilon", "sample", "v_prediction", "flow", "edm", "edm-v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Level:
     """A noise level; `sigma_data` matters only to models in EDM's parametrisation ("edm").
 
@@ -34,21 +35,17 @@ class Level:
         )
         return cls(alpha, sigma, sigma_data)
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Level) and torch.equal(self.alpha, other.alpha) and torch.equal(self.sigma, other.sigma)
-        )
-
-    def _edm(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _edm(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         total = self.sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, self.sigma * self.sigma_data / total.sqrt()
+        c_out = self.sigma * self.sigma_data / total.sqrt()
+        return self.sigma_data**2 / total, -c_out if kind == "edm-v" else c_out
 
     def x0(self, prediction: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
         """The clean sample that a prediction of `kind` at sample `x` means, same shape as `x`.
 
         epsilon: `(x - s e) / a`; sample: the prediction; v_prediction, `v = (a e - s x_0) / c` with
         `c**2 = a**2 + s**2`: `(a x / c - s v) / c`; flow, `u = e - x_0`: `(x - s u) / (a + s)`; edm:
-        `c_skip x + c_out F` (Karras et al. 2022).
+        `c_skip x + c_out F` (Karras et al. 2022); edm-v: the same with `-c_out` (diffusers' EDM with v_prediction).
         """
         a, s = self.alpha, self.sigma
         if kind == "epsilon":
@@ -60,10 +57,10 @@ class Level:
             return (a / c) * (x / c) - (s / c) * prediction
         if kind == "flow":
             return (x - s * prediction) / (a + s)
-        if kind == "edm":
-            c_skip, c_out = self._edm()
+        if kind in ("edm", "edm-v"):
+            c_skip, c_out = self._edm(kind)
             return c_skip * x + c_out * prediction
-        raise ValueError(f"unknown prediction kind {kind!r}; known are {', '.join(KINDS)}")
+        raise _unknown(kind)
 
     def noise(self, prediction: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
         """The noise that a prediction of `kind` at sample `x` means: `(x - a x_0) / s`, without that division where the
@@ -90,10 +87,10 @@ class Level:
             return (a * noise - s * x0) / (a**2 + s**2).sqrt()
         if kind == "flow":
             return noise - x0
-        if kind == "edm":
-            c_skip, c_out = self._edm()
+        if kind in ("edm", "edm-v"):
+            c_skip, c_out = self._edm(kind)
             return (x0 - c_skip * self.mix(x0, noise)) / c_out
-        raise ValueError(f"unknown prediction kind {kind!r}; known are {', '.join(KINDS)}")
+        raise _unknown(kind)
 
     def mix(self, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """`alpha * x0 + sigma * noise`."""
@@ -133,11 +130,7 @@ def scheduler_levels(scheduler) -> list[Level]:
     name, config = type(scheduler).__name__, scheduler.config
     count = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)
-    if (
-        sigmas is not None
-        and len(sigmas) > count - 1
-        and scheduler.__class__.__name__ != "CMStochasticIterativeScheduler"
-    ):
+    if sigmas is not None and len(sigmas) > count - 1 and not name.startswith(_UNREADABLE):
         sigmas = [float(s) for s in sigmas[: count + 1]]
         sigmas += [0.0] * (count + 1 - len(sigmas))
         if prediction_kind(scheduler) == "flow":
@@ -164,10 +157,23 @@ def prediction_kind(scheduler) -> str:
     name = type(scheduler).__name__
     if name.startswith("FlowMatch"):
         return "flow"
-    if name.startswith("EDM"):
-        return "edm"
     kind = getattr(scheduler.config, "prediction_type", "epsilon")
+    if name.startswith("EDM"):
+        return "edm-v" if kind == "v_prediction" else "edm"
     kind = {"flow_prediction": "flow"}.get(kind, kind)
+    return check_kind(kind)
+
+
+def check_kind(kind: str) -> str:
+    """The kind itself, where it is one of `KINDS`.
+
+    Raises:
+        ValueError: it is not.
+    """
     if kind not in KINDS:
-        raise ValueError(f"{name} says its model predicts {kind!r}; known are {', '.join(KINDS)}")
+        raise _unknown(kind)
     return kind
+
+
+def _unknown(kind: object) -> ValueError:
+    return ValueError(f"unknown prediction kind {kind!r}; known are {', '.join(KINDS)}")

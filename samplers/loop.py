@@ -64,36 +64,42 @@ def sample(
         steps: solver steps.
         seeds: one integer per picture.
         eta: stochasticity of DDIM, 0 (deterministic) to 1 (as DDPM); other schedulers do not know it. Guidance works
-            best
-            at 1: the noise of later steps washes away what a guiding network was fooled by.
+            best at 1: the noise of later steps washes away what a guiding network was fooled by.
         batch_size: pictures per batch; all at once when None.
         progress: show a progress bar, with the loss on it.
 
     Returns:
         `Result` with images, samples, record and seeds.
     """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"sample takes what denoiser(model, scheduler) returns, got {type(denoiser).__name__}")
+    if guidance is not None and not hasattr(guidance, "begin"):
+        raise TypeError(f"guidance is what a recipe returns, such as recipes.auto(loss), got {type(guidance).__name__}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise ValueError("seeds holds one integer per picture; it is empty")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    size = len(seeds) if batch_size is None else max(1, batch_size)
+    size = len(seeds) if batch_size is None else batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     with denoiser.frozen(), tqdm(total=0, disable=not progress, unit="step") as bar:
         done = [_sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar) for batch in batches]
     x = torch.cat([x for x, _ in done])
     with torch.no_grad():
         if denoiser.decode is as_picture:
-            images = (x / 2 + 0.5).clamp(0, 1)
+            images = x / 2 + 0.5
         else:
             images = torch.cat([denoiser.decode(part.to(denoiser.device)).cpu() for part in x.split(size)])
-    return Result(images, x, Record.joined([record for _, record in done]), tuple(seeds))
+    record = Record.joined([record for _, record in done])
+    record.warn_of_nonfinite()
+    return Result(images.clamp(0, 1), x, record, tuple(seeds))
 
 
 def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar) -> tuple[torch.Tensor, Record]:
     solver = Solver.of(denoiser.scheduler, steps, denoiser.device)
-    if denoiser.kind is not None:
-        solver.kind = denoiser.kind
+    kind, channels = denoiser.kind or solver.kind, denoiser.shape[0]
     sources = generators(seeds)
     x = (randn(denoiser.shape, sources) * solver.initial_sigma).to(denoiser.device)
     run = None if guidance is None else guidance.begin(solver, denoiser.decode, seeds)
@@ -105,10 +111,17 @@ def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar)
         start = time.perf_counter()
         x = x.detach().requires_grad_(graph)
         with torch.set_grad_enabled(graph):
-            prediction = denoiser.predict(solver.model_input(x, i), solver.timesteps[i])
+            output = denoiser.predict(solver.model_input(x, i), solver.timesteps[i])
+            prediction, variance = output[:, :channels], output[:, channels:].detach()
+            if kind != solver.kind:  # the scheduler steps by what its own config says
+                level = solver.levels[i]
+                prediction = level.prediction(
+                    level.x0(prediction, x, kind), level.noise(prediction, x, kind), solver.kind
+                )
 
-        def solve(prediction, i=i, x=x):
-            return solver.step(prediction, i, x.detach(), eta=eta, generator=sources)
+        def solve(prediction, i=i, x=x, variance=variance):
+            output = torch.cat([prediction, variance], 1) if variance.shape[1] else prediction
+            return solver.step(output, i, x.detach(), eta=eta, generator=sources)
 
         with torch.no_grad():
             if run is None:

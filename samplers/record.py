@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class Record:
 
     A row is a dict: `step` (index into the solver's steps), `visit` (0, or the number of the repeat under time travel),
     `timestep`, `alpha`, `sigma`, `progress` in [0, 1), `terms` (name -> loss `(B,)`, unweighted), `loss` (the weighted
-    sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`, `peak_memory` (bytes, CUDA only). Steps that
+    sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`, `peak_memory` (the process's so far, in bytes, CUDA only). Steps that
     were not guided have no loss. Values stay on the device until they are read.
     """
 
@@ -33,6 +34,19 @@ class Record:
     def count_nonfinite(self, bad: torch.Tensor) -> None:
         """Count, per picture, gradients that were not finite; `bad` is bool `(B,)`."""
         self.nonfinite = bad.long() if self.nonfinite is None else self.nonfinite + bad.long()
+
+    def warn_of_nonfinite(self) -> None:
+        """Tell, in one warning, which pictures had gradients or steps that were not finite."""
+        count = [] if self.nonfinite is None else self.nonfinite.tolist()
+        bad = {i: n for i, n in enumerate(count) if n}
+        if bad:
+            told = ", ".join(f"{i} ({n} times)" for i, n in list(bad.items())[:8])
+            warnings.warn(
+                f"the loss, its gradient or its step was not finite for {len(bad)} of {len(count)} pictures, which it did "
+                f"not move then: picture {told}{' ...' if len(bad) > 8 else ''}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     @property
     def guided(self) -> list[dict[str, Any]]:

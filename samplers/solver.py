@@ -19,6 +19,8 @@ class Solver:
         times: the same as numbers, read once so that no step waits for the device.
         levels: `N + 1` noise levels; step `i` leads from `levels[i]` to `levels[i + 1]`.
         kind: what the model predicts.
+        keeps_shifts: whether a step starts from the sample it is given. Second-order solvers (Heun) and correctors (UniPC)
+            start again from a sample of their own, so that moving the given one would be lost.
     """
 
     def __init__(self, scheduler) -> None:
@@ -27,6 +29,7 @@ class Solver:
         self.times: list[float] = scheduler.timesteps.tolist()
         self.levels: list[Level] = scheduler_levels(scheduler)
         self.kind: str = prediction_kind(scheduler)
+        self.keeps_shifts: bool = getattr(scheduler, "order", 1) == 1 and not hasattr(scheduler, "last_sample")
         self._step_options = set(inspect.signature(type(scheduler).step).parameters)
 
     @classmethod

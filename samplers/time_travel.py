@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -34,11 +35,13 @@ class Visit:
     last: bool = True
 
 
-def visits(steps: int, travel: TimeTravel | None = None) -> list[Visit]:
-    """The order in which `steps` solver steps are visited."""
+def visits(
+    steps: int, travel: TimeTravel | None = None, where: Callable[[int], bool] = lambda step: True
+) -> list[Visit]:
+    """The order in which `steps` solver steps are visited; only steps `where` something acts are visited repeatedly."""
     plan = []
     for step in range(steps):
-        inside = travel is not None and travel.start <= step / steps < travel.stop
+        inside = travel is not None and travel.start <= step / steps < travel.stop and where(step)
         repeats = travel.repeats if inside else 1
         plan += [Visit(step, repeat, repeat == repeats - 1) for repeat in range(repeats)]
     return plan

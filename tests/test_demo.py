@@ -64,7 +64,9 @@ def test_measured_rows_survive_a_torn_line_and_other_weights(tmp_path):
     rows = Rows(tmp_path / "rows.jsonl", "aaa", fresh=False)
     rows.add({"recipe": "dps", "accuracy": 0.5})
     with rows.path.open("a") as file:
-        file.write(json.dumps({"recipe": "shen", "weights": "aaa"})[:-5] + "\n")
+        file.write(json.dumps({"recipe": "shen", "weights": "aaa"})[:-5])
+    rows.add({"recipe": "mpgd", "accuracy": 0.25})
     assert rows.get(recipe="dps")["accuracy"] == 0.5
+    assert rows.get(recipe="mpgd")["accuracy"] == 0.25
     assert rows.get(recipe="shen") is None
     assert Rows(rows.path, "bbb", fresh=False).get(recipe="dps") is None

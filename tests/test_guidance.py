@@ -18,6 +18,7 @@ from lossguide.guidance.steps import (
     Polyak,
     PolyakToFloor,
     Rms,
+    Shortest,
     Signal,
     SqrtAlpha,
     StepRule,
@@ -158,6 +159,7 @@ RULES = [
     PolyakToFloor(),
     NoiseScaled(),
     Chain((Unit(), Constant(2.0))),
+    Shortest((Unit(), Polyak())),
 ]
 
 
@@ -325,6 +327,85 @@ def test_flow_matching_models_are_guided_too():
     assert squares(guided.images).item() < squares(plain.images).item()
 
 
+@pytest.mark.parametrize(
+    "scheduler", ["HeunDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"]
+)
+def test_solvers_that_start_again_from_their_own_sample_are_guided_too(scheduler):
+    """Second-order solvers and correctors would lose a shift; the loss must fall with them as with the others."""
+    gaussian = Gaussian(torch.tensor([0.4, -0.4]), torch.tensor([[0.05, 0.02], [0.02, 0.03]]))
+    exact = gaussian.denoiser(50)
+    model = denoiser(
+        exact.model, getattr(diffusers, scheduler)(beta_schedule="linear"), shape=exact.shape, decode=lambda x: x
+    )
+
+    def model_in_vp(x, t):  # Heun hands over x / sqrt(1 + sigma^2) and times between the integers
+        return exact.model(x, t.round())
+
+    model = denoiser(model_in_vp, model.scheduler, shape=exact.shape, decode=lambda x: x)
+
+    def loss(x):
+        return (x - 0.8).square().flatten(1).mean(1)
+
+    plain = sample(model, None, steps=20, seeds=range(4)).samples
+    guided = sample(model, recipes.auto(loss, augment=None, time_travel=None), steps=20, seeds=range(4)).samples
+    assert (loss(guided) < 0.8 * loss(plain)).all(), (loss(plain), loss(guided))
+
+
+def test_a_model_may_predict_another_kind_than_its_scheduler_says():
+    """One exact Gaussian denoiser, told in every kind under a scheduler that steps by epsilon: the same samples."""
+    gaussian = Gaussian(torch.tensor([0.4, -0.4]), torch.tensor([[0.5, 0.2], [0.2, 0.3]]))
+    exact = gaussian.denoiser(4)
+    reference = sample(exact, None, steps=10, seeds=[0]).samples
+    for kind in ("sample", "v_prediction", "flow"):
+
+        def told(x, t, kind=kind):
+            a, s = gaussian.level(t)
+            noise = exact.model(x, t)
+            return Level(a, s).prediction((x - s * noise) / a, noise, kind)
+
+        model = denoiser(told, exact.scheduler, kind=kind, shape=exact.shape, decode=lambda x: x)
+        torch.testing.assert_close(sample(model, None, steps=10, seeds=[0]).samples, reference, rtol=1e-3, atol=1e-3)
+
+
+def test_models_that_also_predict_a_variance_run(tiny):
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", prediction_type="v_prediction")
+
+    def model(x, t):
+        return torch.cat([tiny.model(x, t)[0], torch.zeros_like(x)], 1)
+
+    learned = denoiser(model, scheduler, shape=tiny.shape)
+    plain = sample(learned, None, steps=6, seeds=[0])
+    guided = sample(learned, recipes.auto(squares), steps=6, seeds=[0])
+    assert squares(guided.images) < squares(plain.images)
+
+
+@pytest.mark.parametrize(
+    "guidance", [recipes.freedom(squares), recipes.auto(squares, edit="score")], ids=["freedom", "score"]
+)
+def test_pure_noise_without_a_trace_of_the_picture_is_no_trap(guidance):
+    """alpha = 0 at the first step of flow matching: finite samples, no warning."""
+    flow = denoiser(lambda x, t: 0.5 * x, diffusers.FlowMatchEulerDiscreteScheduler(), shape=(3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.isfinite(sample(flow, guidance, steps=5, seeds=[0]).samples).all()
+
+
+def test_gradients_survive_half_precision():
+    """A loss of tiny slope through a half-precision network: the direction is that of full precision."""
+    from lossguide.guidance.gradient import pulled_back
+
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8
+    g = 1e-9 * torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 64, dtype=torch.float16, requires_grad=True)
+    pulled = pulled_back(x @ weight.half(), x, g)
+    torch.testing.assert_close(pulled, g @ weight.T, rtol=0.02, atol=1e-11)
+
+
+def test_time_travel_only_where_a_loss_acts(tiny):
+    record = sample(tiny, recipes.auto(squares, start=0.6), steps=20, seeds=[0]).record
+    assert len(record.rows) == 20 + 3 and len(record.guided) == 8 + 3
+
+
 def test_half_precision_models_keep_float32_algebra(tiny):
     from lossguide.samplers.denoiser import as_picture
 
@@ -386,6 +467,10 @@ def test_guidance_is_frozen_printable_and_json():
         (lambda: Augment(0), "copies"),
         (lambda: denoiser(lambda x, t: x, vp_scheduler()), "pass shape="),
         (lambda: sample(denoiser(tiny_unet(), vp_scheduler()), None, seeds=[]), "seeds"),
+        (lambda: sample(denoiser(tiny_unet(), vp_scheduler()), squares), "recipes.auto"),
+        (lambda: sample(tiny_unet()), "denoiser\\(model, scheduler\\)"),
+        (lambda: denoiser(tiny_unet(), vp_scheduler(), kind="eps"), "unknown prediction kind 'eps'"),
+        (lambda: denoiser(diffusers.DDIMPipeline(tiny_unet(), vp_scheduler()), None), "use guide"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(make, message):

@@ -176,3 +176,32 @@ def test_what_cannot_be_guided_is_told():
         guide(object(), recipes.auto(squares))
     with pytest.raises(TypeError, match="recipes.auto"):
         guide(pipe, squares)
+
+
+def test_pipelines_that_start_in_the_middle_are_told_and_left_as_found():
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_stable_diffusion().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(prompt="a b", image=torch.rand(1, 3, 16, 16), strength=0.5, num_inference_steps=10)
+    pipe(**options)
+    before = state(pipe)
+    with pytest.raises(ValueError, match="starts in the middle"):
+        guide(pipe, recipes.auto(squares))(**options)
+    assert state(pipe) == before
+
+
+def test_the_callers_latents_are_not_touched():
+    pipe, options = stable_diffusion()
+    latents = torch.randn(2, 4, 8, 8)
+    guide(pipe, recipes.auto(squares))(**options, latents=latents, num_inference_steps=3)
+    assert not latents.requires_grad
+
+
+def test_generators_given_by_position_count_too():
+    pipe, _ = ddpm()
+    guided = guide(pipe, recipes.auto(squares))
+    by_name = guided(batch_size=2, generator=generators(1, 2), num_inference_steps=5, output_type="pt").images
+    torch.manual_seed(99)
+    by_place = guided(2, generators(1, 2), 5, "pt").images
+    assert torch.equal(by_name, by_place)

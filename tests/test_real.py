@@ -6,7 +6,6 @@ import importlib.util
 
 import pytest
 import torch
-
 from lossguide.guidance import recipes
 from lossguide.losses import Measurement, measure, operators
 from lossguide.samplers import denoiser, sample
