@@ -2,8 +2,7 @@
 
 Peers run at the best strength of a grid, chosen on other seeds twice: by judge accuracy and by Frechet distance (both
 rows are shown when they differ). `auto` runs at its default. One row per run goes to `results/demo-text.jsonl` as
-soon as it is
-measured; a run that is there already, with the same weights, is not repeated.
+soon as it is measured; a run that is there already, with the same weights, is not repeated.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The plug-in: guide any diffusers pipeline through its own `__call__`, without copying or subclassing it.
 
 For the time of one call the pipeline gets a copy of its scheduler, whose `step` first performs the guided step. The
-model output that arrives there carries the graph back to the latents through the pipeline's own classifier-free guidance and
-adapters, so that no second model call is needed.
+model output that arrives there carries the graph back to the latents through the pipeline's own classifier-free
+guidance and adapters, so that no second model call is needed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _decoder(pipe) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _seeds(arguments: dict[str, Any]) -> Callable[[int], list[int]]:
-    """Seeds of guidance's own draws for a batch: those of the caller's generators, else torch's own and the next ones."""
+    """Seeds of guidance's own draws for a batch: those of the caller's generators, else torch's and the next ones."""
     generator = arguments.get("generator")
 
     def seeds(batch: int) -> list[int]:

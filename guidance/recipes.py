@@ -1,8 +1,7 @@
 """Published methods, each a few lines over the same pieces; `auto` is the default.
 
 A recipe takes the loss and `strength` (1 is its published or recommended default) and returns a `Guidance`, whose
-fields can
-be changed by keyword: `dps(loss, start=0.2)`. `available()` lists them.
+fields can be changed by keyword: `dps(loss, start=0.2)`. `available()` lists them.
 """
 
 from __future__ import annotations

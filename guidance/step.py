@@ -183,7 +183,7 @@ def _scored(x: torch.Tensor, prediction: torch.Tensor, move: torch.Tensor, level
 def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.Tensor | None:
     """The change of the noise prediction that makes a first-order step `a' x0 + s' e` land `shift` lower.
 
-    With x0 moving along, `e + w` moves the step's end by `-a' (s / a - s' / a') w`; None where the level stays the same.
+    With x0 moving along, `e + w` moves the step's end by `-a' (s / a - s' / a') w`; None where the level stays.
     """
     scale = after.alpha * level.sigma / level.alpha - after.sigma
     return shift / scale if bool((scale > 1e-6 * level.sigma).all()) else None

@@ -1,7 +1,7 @@
 """Step rules: how far to go along a gradient. Small pieces `(init, update)`, per sample, after optax.
 
-`update` gets what is known at a step (a `Signal`, with the direction so far) and returns the step to be subtracted and its
-next state. Every norm is per sample; a zero gradient gives a zero step.
+`update` gets what is known at a step (a `Signal`, with the direction so far) and returns the step to be subtracted
+and its next state. Every norm is per sample; a zero gradient gives a zero step.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def denoiser(
         shape: shape of one sample; by default read from the model's config.
         decode: sample -> picture for the losses, differentiable; by default from [-1, 1] to [0, 1], one channel
             repeated to three.
-        device, dtype: where and in what precision the model runs; by default those of its parameters, else CPU, float32.
+        device, dtype: where and in what precision the model runs; by default as its parameters, else CPU, float32.
 
     Raises:
         TypeError: the model is not callable, or is a whole pipeline.

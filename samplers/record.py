@@ -18,8 +18,8 @@ class Record:
 
     A row is a dict: `step` (index into the solver's steps), `visit` (0, or the number of the repeat under time travel),
     `timestep`, `alpha`, `sigma`, `progress` in [0, 1), `terms` (name -> loss `(B,)`, unweighted), `loss` (the weighted
-    sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`, `peak_memory` (the process's so far, in bytes, CUDA only). Steps that
-    were not guided have no loss. Values stay on the device until they are read.
+    sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`, `peak_memory` (the process's so far, in bytes, CUDA
+    only). Steps that were not guided have no loss. Values stay on the device until they are read.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class Record:
         if bad:
             told = ", ".join(f"{i} ({n} times)" for i, n in list(bad.items())[:8])
             warnings.warn(
-                f"the loss, its gradient or its step was not finite for {len(bad)} of {len(count)} pictures, which it did "
-                f"not move then: picture {told}{' ...' if len(bad) > 8 else ''}",
+                f"the loss, its gradient or its step was not finite for {len(bad)} of {len(count)} pictures, which it "
+                f"did not move then: picture {told}{' ...' if len(bad) > 8 else ''}",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -19,8 +19,8 @@ class Solver:
         times: the same as numbers, read once so that no step waits for the device.
         levels: `N + 1` noise levels; step `i` leads from `levels[i]` to `levels[i + 1]`.
         kind: what the model predicts.
-        keeps_shifts: whether a step starts from the sample it is given. Second-order solvers (Heun) and correctors (UniPC)
-            start again from a sample of their own, so that moving the given one would be lost.
+        keeps_shifts: whether a step starts from the sample it is given. Second-order solvers (Heun) and correctors
+            (UniPC) start again from a sample of their own, so that moving the given one would be lost.
     """
 
     def __init__(self, scheduler) -> None:

@@ -1,5 +1,4 @@
-"""Time travel: visit a step several times, re-noising in between (RePaint, Lugmayr et al. 2022; FreeDoM, Yu et al.
-2023)."""
+"""Time travel: visit a step several times, re-noising in between (Lugmayr et al. 2022; Yu et al. 2023)."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ class TimeTravel:
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit of a step: solver step `step`, visited for the `repeat`-th time (from 0); `last` of its visits or
-    not."""
+    """One visit of solver step `step`: the `repeat`-th (from 0), and whether it is the `last`."""
 
     step: int
     repeat: int = 0
