@@ -124,6 +124,8 @@ def train(steps: int, hours: float, batch: int, peak: float, device: str, work: 
         return
     _checkpoint(work, model, average, optimizer, step, time.time() - start)
     average.half().save_pretrained(out, safe_serialization=True)
+    for file in out.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes 0600, which a wheel would carry
     build_scheduler().save_pretrained(out.parent / "scheduler")
     facts = dict(
         steps=step,

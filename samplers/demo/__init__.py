@@ -1,5 +1,4 @@
-"""The built-in demo model: a small unconditional diffusion model of Fashion-MNIST at 32x32, in diffusers' own
-format."""
+"""The built-in demo model: a small unconditional diffusion model of Fashion-MNIST, in diffusers' own format."""
 
 from __future__ import annotations
 
