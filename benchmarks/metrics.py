@@ -1,4 +1,4 @@
-"""Figures of merit: Frechet distance, PSNR."""
+"""Figures of merit: the Frechet distance."""
 
 from __future__ import annotations
 
@@ -24,8 +24,3 @@ def frechet_by_class(
     """Mean over classes of the Frechet distance within the class."""
     classes = labels.unique().tolist()
     return float(np.mean([frechet(features[labels == c], real[real_labels == c]) for c in classes]))
-
-
-def psnr(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB per picture, `(B,)`, for pictures in [0, 1]."""
-    return -10 * (image - reference).square().flatten(1).mean(1).log10()

@@ -15,6 +15,7 @@ from typing import Any
 import click
 import torch
 
+from ..samplers.plain import plain
 from .contact_sheet import to_pil
 
 PARENT = "lossguide-out"
@@ -92,16 +93,3 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     (folder / "settings.json").write_text(
         json.dumps(plain({"versions": versions, **settings}), indent=1) + "\n", encoding="utf-8"
     )
-
-
-def plain(value: Any) -> Any:
-    """Plain data for JSON: tensors as lists, paths as text, what else there is by its `repr`."""
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..losses.loss import Composable, as_losses
+from ..samplers.plain import plain
 from ..samplers.time_travel import TimeTravel
 from .augment import Augment
 from .steps import NoiseScaled, StepRule
@@ -92,16 +93,8 @@ class Guidance:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: every setting, and the losses' own descriptions."""
 
-        def plain(value: Any) -> Any:
-            if dataclasses.is_dataclass(value):
-                fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-                return {"type": type(value).__name__, **fields}
-            if isinstance(value, torch.Tensor):
-                return value.tolist()
-            return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
         data = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "loss"}
-        return {"loss": None if self.loss is None else [term.describe() for term in self.loss.terms()], **data}
+        return {"loss": None if self.loss is None else [plain(term.describe()) for term in self.loss.terms()], **data}
 
     def to_json(self) -> str:
         """The description as JSON text."""

@@ -53,7 +53,7 @@ def sample(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Result:
-    """Draw one picture per seed, steered by `guidance` (a `lossguide.guidance.Guidance`), or plainly without.
+    """Draw one picture per seed, steered by `guidance` (what a recipe returns), or plainly without.
 
     Picture i depends on seed i alone, not on the batch it is drawn in. The denoiser's weights and scheduler are left as
     they were.

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .plain import plain
+
 PER_PICTURE = ("loss", "gradient_norm", "step_size")
 
 
@@ -88,7 +90,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; numbers that are not finite become None."""
-        return {"settings": _plain(self.settings), "nonfinite": _plain(self.nonfinite), "rows": _plain(self.rows)}
+        return {"settings": plain(self.settings), "nonfinite": plain(self.nonfinite), "rows": plain(self.rows)}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the record as JSON."""
@@ -124,15 +126,3 @@ class Record:
         if path is not None:
             figure.savefig(path, dpi=110)
         return figure
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    return value

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from lossguide.guidance import recipes
+from lossguide.guidance.cli_restore import psnr
 from lossguide.losses import ClassLabel, ClipText, Measurement, measure, operators
 from lossguide.losses.demo import classifier
 from lossguide.samplers import load_demo, sample
 
 from benchmarks.demo_text import Rows, prompts
-from benchmarks.metrics import frechet, psnr
+from benchmarks.metrics import frechet
 
 
 @pytest.fixture(scope="module")
