@@ -25,7 +25,9 @@ def list_tasks() -> None:
 @click.argument("task", type=click.Choice(list(TASKS)))
 @click.option("--quick", is_flag=True, help="Few pictures and strengths, to see that it runs; not for figures.")
 @click.option("--fresh", is_flag=True, help="Measure again what has been measured.")
-@click.option("--only", multiple=True, metavar="RECIPE", help="Only measure these, for a process of their own.")
+@click.option(
+    "--only", multiple=True, metavar="RECIPE", help="Only measure these (or unguided), in a process of its own."
+)
 def run(task: str, quick: bool, fresh: bool, only: tuple[str, ...]) -> None:
     """Run a task; what is measured already is not measured again."""
     importlib.import_module(f"benchmarks.{task.replace('-', '_')}").run(quick=quick, fresh=fresh, only=only)

@@ -194,7 +194,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
         )
         return found
 
-    final = [measure(r, 1.0, "final", per_class, SEED) for r in (None, "auto") if not only or r in only]
+    final = [measure(r, 1.0, "final", per_class, SEED) for r in (None, "auto") if not only or (r or "unguided") in only]
     for recipe, strengths in grid.items():
         if only and recipe not in only:
             continue

@@ -28,18 +28,19 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """The default: a step as long as the sampler's own noise, geometric augmentation, a short time travel.
 
     The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, so that no strength has
-    to be found per task. Where the loss's floor is known (a measurement's noise), it is Polyak's own step to that
-    floor, at most as long as pure noise. Wants a stochastic solver (DDIM with eta = 1, DDPM).
+    to be found per task; the last fifth of the steps runs free, and cleans up what the guide cannot see. Where the
+    loss's floor is known (a measurement's noise), it is Polyak's own step to that floor, at most as long as pure noise,
+    to the end. Wants a stochastic solver (DDIM with eta = 1, DDPM).
     """
     known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in as_losses(loss).terms())
-    rule = Shortest((PolyakToFloor(), Unit(1.0))) if known else NoiseScaled(0.2)
     return _build(
         loss,
         strength,
         changes,
-        rule=rule,
-        augment=Augment.geometric(4),
+        rule=Shortest((PolyakToFloor(), Unit(1.0))) if known else NoiseScaled(0.2),
+        augment=Augment.geometric(8),
         time_travel=TimeTravel(2, 0.25, 0.75),
+        stop=1.0 if known else 0.8,
         name="auto",
         citation="Yang et al. 2024 (DSG, step), arXiv 2402.03201; Shen et al. 2024 (augmentation), arXiv 2403.12404",
     )

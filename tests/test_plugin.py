@@ -83,7 +83,7 @@ def test_the_loss_falls_and_the_record_shows_it(stock, recipe):
     output = guided(**options, generator=generators(1, 2))
     assert (squares(output.images.float()) < 0.7 * squares(images(pipe, options, 1, 2))).all()
     losses = output.record.losses()
-    assert losses.shape == (len(guided.record.rows), 2) and (losses[-1] < losses[0]).all()
+    assert losses.shape == (len(guided.record.guided), 2) and (losses[-1] < losses[0]).all()
 
 
 def test_the_pipeline_is_left_as_found_also_after_an_exception(stock):
