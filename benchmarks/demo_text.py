@@ -30,7 +30,7 @@ STEPS, PER_CLASS, CHUNK = 50, 32, 8
 GRID = {
     "dps": (10.0, 30.0, 100.0),
     "freedom": (0.3, 1.0, 2.0),
-    "mpgd": (1.0, 3.0, 10.0),
+    "mpgd": (1.0, 3.0, 10.0, 30.0),
     "shen": (0.25, 1.0, 2.5),
 }
 SEARCH_PER_CLASS = {"shen": 2}  # else 4; shen visits 275 steps a picture

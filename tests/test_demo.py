@@ -27,11 +27,11 @@ def judged(images):
 
 
 def test_every_prompt_is_drawn(demo):
-    labels = torch.arange(10).repeat(2)
+    labels = torch.arange(10)
     loss = ClipText([prompts()[c] for c in labels], model="demo")
-    guided = sample(demo, recipes.auto(loss), steps=50, seeds=range(20))
-    plain = sample(demo, None, steps=50, seeds=range(20))
-    assert (judged(guided.images) == labels).float().mean() >= 0.85
+    guided = sample(demo, recipes.auto(loss), steps=50, seeds=range(10))
+    plain = sample(demo, None, steps=50, seeds=range(10))
+    assert (judged(guided.images) == labels).float().mean() >= 0.8
     assert (judged(plain.images) == labels).float().mean() <= 0.4
 
 
