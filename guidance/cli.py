@@ -19,6 +19,7 @@ from . import recipes as methods
 from .cli_job import BAD, Job, Problem, told
 from .cli_model import SCHEDULERS, known_scheduler
 from .cli_output import PARENT
+from .cli_tune import tune_command
 from .contact_sheet import Block
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -113,6 +114,11 @@ def _shared(num_images: int) -> Callable[[Callable], Callable]:
     "--clip-model", help="open_clip model or folder for texts; default: demo for --model demo, else ViT-B-32."
 )
 @click.option("--clip-pretrained", default="openai", show_default=True, help="Its weights, where it is given by name.")
+@click.option(
+    "--tuned",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="best.json of `lossguide tune`: settings in place of --strength and the recipe's own.",
+)
 @_shared(num_images=16)
 @click.pass_context
 def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained, **run: Any) -> None:
@@ -279,6 +285,9 @@ def _in_demo_world(prompt: str) -> None:
             f"the demo draws and knows ten kinds of clothing ({', '.join(demo.CLASSES)}), and '{prompt}' does not name "
             "exactly one of them; name one, or choose another --model and --clip-model"
         )
+
+
+main.add_command(tune_command)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .cli_model import PipelineModel, PixelModel, find_device, load_model
 from .contact_sheet import Block, contact_sheet
 from .gradient import loss_gradient
 from .guidance import Guidance
+from .tune import with_settings
 
 
 class Problem(click.ClickException):
@@ -70,6 +72,9 @@ class Job:
     def guidance(self, loss: Composable) -> Guidance:
         """The recipe over a loss, which is tried once: a loss that cannot work is told before the work begins."""
         guidance = self.recipe(loss, strength=self.run["strength"])
+        if self.run.get("tuned") is not None:
+            with told(*BAD, KeyError, TypeError):
+                guidance = with_settings(guidance, json.loads(self.run["tuned"].read_text())["settings"])
         size = self.model.size or (64, 64)
         image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.model.device)
         loss_gradient(image, list(guidance.loss.terms()), None, None)

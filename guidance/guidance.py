@@ -14,10 +14,38 @@ from ..losses.loss import Composable, as_losses
 from ..samplers.plain import plain
 from ..samplers.time_travel import TimeTravel
 from .augment import Augment
-from .steps import NoiseScaled, StepRule
+from .particles import Particles
+from .proximal import Proximal
+from .smoothing import Smoothing
+from .steps import Constant, NoiseScaled, StepRule
 
 THROUGH = ("denoiser", "x0")
-EDITS = ("shift", "score", "mean")
+EDITS = ("shift", "score", "mean", "anchor")
+KEPT = ("noise", "sample")
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Gradient steps on x0 within one visit of a step, not through the denoiser.
+
+    Args:
+        iterations: how many.
+        rule: how far each goes, seeing the gradient at the x0 reached so far.
+        keep: what stays where x0 moves: the "noise" predicted, so that the sample moves along (MPGD, TFG), or the
+            "sample", so that the noise makes up for it (UGD's backward guidance).
+        blend: the share of the way that counts is the signal's, `a / (a + s)` (FlowDPS); else all of it.
+    """
+
+    iterations: int = 4
+    rule: StepRule = Constant(1.0)
+    keep: str = "noise"
+    blend: bool = False
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"inner iterations are at least 1, got {self.iterations}")
+        if self.keep not in KEPT:
+            raise ValueError(f"keep is one of {', '.join(KEPT)}, got {self.keep!r}")
 
 
 @dataclass(frozen=True)
@@ -26,15 +54,23 @@ class Guidance:
 
     Args:
         loss: any loss, sum of losses, or callable `(B, 3, H, W) -> (B,)`; None guides nothing.
-        rule: how far to go along the gradient.
+        rule: how far to go along the gradient; None where only `inner` steps or `particles` are wanted.
         through: where the gradient is taken: at `x_t` through the "denoiser", or at "x0" only (no graph of the
             denoiser).
         edit: where the step lands: "shift" moves `x_{t-1}` after the solver's step; "score" adds it to the noise
             prediction and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts
             `x_{t-1}` by `a_{t-1}` times the step. Solvers that do not keep a shift (Heun, UniPC) get the score that a
-            first-order step would turn into it.
+            first-order step would turn into it. "anchor" optimises a clean sample of its own, on which fresh noise is
+            put at each level (RED-diff); the solver's steps are not taken.
+        proximal: go toward the point that agrees with a linear measurement, instead of against a gradient.
+        inner: further steps on x0 within a visit.
+        project: x0 -> x0, applied after x0 has moved (an autoencoder's round trip in MPGD).
+        smoothing: of the loss by noise around x0.
         augment: random augmentation, for the terms that it suits.
         time_travel: repeated visits in a window.
+        remix: replace noise by fresh noise at each step, for deterministic solvers: a share of its variance in [0, 1],
+            or "signal" for the share `a' / (a' + s')` (FlowDPS).
+        particles: several candidates per picture, of which one is kept.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
         every: act at every n-th step only.
         strength: factor of every step; 1 is the recipe's own default, 0 samples plainly and only records the loss.
@@ -44,10 +80,16 @@ class Guidance:
     """
 
     loss: Composable | Callable[[torch.Tensor], torch.Tensor] | None
-    rule: StepRule = NoiseScaled()
+    rule: StepRule | None = NoiseScaled()
     through: str = "denoiser"
     edit: str = "shift"
+    proximal: Proximal | None = None
+    inner: Inner | None = None
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None
+    smoothing: Smoothing | None = None
     augment: Augment | None = None
+    remix: float | str = 0.0
+    particles: Particles | None = None
     time_travel: TimeTravel | None = None
     start: float = 0.0
     stop: float = 1.0
@@ -64,6 +106,19 @@ class Guidance:
             raise ValueError(f"through is one of {', '.join(THROUGH)}, got {self.through!r}")
         if self.edit not in EDITS:
             raise ValueError(f"edit is one of {', '.join(EDITS)}, got {self.edit!r}")
+        if self.edit == "anchor" and (
+            self.rule is None or self.through != "x0" or self.inner or self.project or self.proximal
+        ):
+            raise ValueError(
+                'edit="anchor" needs a rule and through="x0", and knows no inner steps, projection or proximal point'
+            )
+        if self.proximal is not None:
+            terms = () if self.loss is None else self.loss.terms()
+            if self.loss is not None and (len(terms) != 1 or not hasattr(terms[0].loss, "residual")):
+                names = ", ".join(term.name for term in terms)
+                raise ValueError(f"{self.name} works with one Measurement of a linear operator, got {names}")
+        if not (self.remix == "signal" or (not isinstance(self.remix, str) and 0 <= self.remix <= 1)):
+            raise ValueError(f'remix is a share in [0, 1] or "signal", got {self.remix!r}')
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"a window needs 0 <= start < stop <= 1, got {self.start}, {self.stop}")
         if self.every < 1:
@@ -75,6 +130,21 @@ class Guidance:
     def active(self) -> bool:
         """Whether it moves anything at all."""
         return self.loss is not None and self.strength > 0
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the loss's gradient is taken; particles alone need none."""
+        return self.active and ((self.rule is not None and self.proximal is None) or self.inner is not None)
+
+    @property
+    def through_denoiser(self) -> bool:
+        """Whether steps need the graph of the denoiser."""
+        return self.active and self.rule is not None and self.through == "denoiser"
+
+    @property
+    def candidates(self) -> int:
+        """How many samples are drawn per picture."""
+        return self.particles.count if self.particles is not None and self.active else 1
 
     def acts_at(self, step: int, steps: int) -> bool:
         """Whether the loss acts at this solver step."""

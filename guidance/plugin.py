@@ -85,6 +85,8 @@ def guide(pipe, guidance: Guidance, *, decode: Callable[[torch.Tensor], torch.Te
     scheduler = getattr(pipe, "scheduler", None)
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise TypeError(f"{type(pipe).__name__} cannot be guided: it has no scheduler with set_timesteps and step")
+    if isinstance(guidance, Guidance) and guidance.candidates > 1:
+        raise TypeError(f"{guidance.name} draws particles, which pipelines cannot; use sample(denoiser(...), guidance)")
     if not isinstance(guidance, Guidance):
         raise TypeError(
             f"guide(pipe, guidance) takes what a recipe returns, such as recipes.auto(loss); "
@@ -186,7 +188,7 @@ class _Steering:
     def leaf(self, x: torch.Tensor) -> torch.Tensor:
         """The first latents, as a leaf that requires grad where gradients are taken through the denoiser."""
         guidance = self.guided.guidance
-        return x.detach().requires_grad_(True) if guidance.active and guidance.through == "denoiser" else x
+        return x.detach().requires_grad_(True) if guidance.through_denoiser else x
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The guided step in place of the scheduler's; same arguments and output."""
@@ -200,7 +202,7 @@ class _Steering:
         channels, output = sample.shape[1], None
         variance = model_output[:, channels:].detach()  # not empty where the model also predicts a variance
 
-        def solve(prediction: torch.Tensor) -> torch.Tensor:
+        def solve(prediction: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
             nonlocal output
             if variance.shape[1]:
                 prediction = torch.cat([prediction, variance], 1)

@@ -12,8 +12,30 @@ from typing import Any
 from ..losses.loss import as_losses
 from ..samplers.time_travel import TimeTravel
 from .augment import Augment
-from .guidance import Guidance
-from .steps import Constant, NoiseScaled, Polyak, PolyakToFloor, Rms, Shortest, SqrtAlpha, Unit
+from .guidance import Guidance, Inner
+from .particles import Particles
+from .proximal import Proximal
+from .smoothing import Smoothing
+from .steps import (
+    Adam,
+    AsNoise,
+    AsScore,
+    Chain,
+    Constant,
+    LevelRatio,
+    NoiseScaled,
+    Polyak,
+    PolyakToFloor,
+    PriorGap,
+    Rms,
+    Scheduled,
+    Shortest,
+    SigmaScaled,
+    Spherical,
+    SqrtAlpha,
+    Squared,
+    Unit,
+)
 
 _RECIPES: dict[str, Callable[..., Guidance]] = {}
 
@@ -101,8 +123,61 @@ def freedom(loss, strength: float = 1.0, rule: str = "rms", **changes: Any) -> G
 
 
 @_recipe
-def mpgd(loss, strength: float = 1.0, **changes: Any) -> Guidance:
-    """Manifold preserving guidance: x0 moves, the noise stays, no backprop through the denoiser (He et al. 2024)."""
+def lgd_mc(loss, strength: float = 1.0, copies: int = 10, **changes: Any) -> Guidance:
+    """LGD-MC: DPS on a loss smoothed by `copies` draws of noise around x0 (Song et al. 2023)."""
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=Constant(1.0),
+        smoothing=Smoothing(copies),
+        name="lgd_mc",
+        citation="Song et al., Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation, ICML 2023",
+    )
+
+
+@_recipe
+def universal(
+    loss, strength: float = 1.0, weight: float = 1.0, inner: int = 0, inner_size: float = 0.1, recur: int = 2, **changes
+) -> Guidance:
+    """Universal guidance: forward (e += weight s g), backward (`inner` steps on x0), recurrence (Bansal et al. 2023).
+
+    `weight`, `inner` and `recur` (self-recurrence at every step, 2 to 10) are chosen by task in the paper; 0 leaves a
+    part out.
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=SigmaScaled(weight) if weight else None,
+        edit="score",
+        inner=Inner(inner, Constant(inner_size), keep="sample") if inner else None,
+        time_travel=TimeTravel(recur) if recur > 1 else None,
+        name="universal",
+        citation="Bansal et al., Universal Guidance for Diffusion Models, CVPR Workshops 2023, arXiv 2302.07121",
+    )
+
+
+@_recipe
+def score(loss, strength: float = 1.0, **changes: Any) -> Guidance:
+    """The plain score form: e += strength * s * g_x, for every solver (Dhariwal and Nichol 2021)."""
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=SigmaScaled(1.0),
+        edit="score",
+        name="score",
+        citation="Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, NeurIPS 2021, arXiv 2105.05233",
+    )
+
+
+@_recipe
+def mpgd(loss, strength: float = 1.0, project: Callable | None = None, **changes: Any) -> Guidance:
+    """Manifold preserving guidance: x0 moves, the noise stays, no backprop through the denoiser (He et al. 2024).
+
+    `project` maps the moved x0 back to the manifold: an autoencoder's round trip, x0 -> decode(encode(x0)).
+    """
     return _build(
         loss,
         strength,
@@ -110,8 +185,230 @@ def mpgd(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         rule=Rms(0.02, by_level=False),
         through="x0",
         edit="mean",
+        project=project,
         name="mpgd",
         citation="He et al., Manifold Preserving Guided Diffusion, ICLR 2024, arXiv 2311.16424",
+    )
+
+
+@_recipe
+def tfg(
+    loss,
+    strength: float = 1.0,
+    rho: float = 1.0,
+    mu: float = 0.25,
+    sigma: float = 0.001,
+    inner: int = 4,
+    copies: int = 4,
+    recur: int = 1,
+    rho_schedule: str = "increase",
+    mu_schedule: str = "increase",
+    **changes: Any,
+) -> Guidance:
+    """TFG: a step through the denoiser, inner steps at x0, smoothing and recurrence in one (Ye et al. 2024).
+
+    Published (rho, mu, sigma) by task: label (1, .25, .001), super-resolution x4 (4, 2, .01), deblurring (1, 8, .01),
+    style (.25, 2, .1), two attributes (.5, 8, 1). A part of size 0 is left out: then it is DPS, LGD, MPGD or UGD.
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=Chain((Scheduled(rho, rho_schedule), LevelRatio())) if rho else None,
+        inner=Inner(inner, Scheduled(mu, mu_schedule)) if mu and inner else None,
+        smoothing=Smoothing(copies, sigma) if sigma else None,
+        time_travel=TimeTravel(recur) if recur > 1 else None,
+        name="tfg",
+        citation="Ye et al., TFG: Unified Training-Free Guidance for Diffusion Models, NeurIPS 2024, arXiv 2409.15761",
+    )
+
+
+@_recipe
+def dsg(loss, strength: float = 1.0, **changes: Any) -> Guidance:
+    """DSG: turns the solver's noise toward descent and keeps its length; needs a solver that draws noise (Yang et al.
+    2024)."""
+    return _build(
+        loss,
+        1.0 if strength else 0.0,
+        changes,
+        rule=Spherical(min(1.0, 0.1 * strength)),
+        name="dsg",
+        citation="Yang et al., Guidance with Spherical Gaussian Constraint for Conditional Diffusion, "
+        "ICML 2024, arXiv 2402.03201",
+    )
+
+
+@_recipe
+def adam_dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
+    """AdamDPS: Adam's moments of the gradient over the steps, one size for all tasks (2026)."""
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=Chain((Adam(0.03, 0.5, 0.6), LevelRatio())),
+        name="adam_dps",
+        citation="AdamDPS, 2026: Adam over the gradients of diffusion posterior sampling",
+    )
+
+
+@_recipe
+def pigdm(loss, strength: float = 1.0, **changes: Any) -> Guidance:
+    """Pseudoinverse-guided: the Gaussian posterior's step at x0, pulled back through the denoiser (Song et al. 2023).
+
+    For one `Measurement` by a linear operator.
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=SqrtAlpha(1.0),
+        proximal=Proximal("posterior"),
+        name="pigdm",
+        citation="Song et al., Pseudoinverse-Guided Diffusion Models for Inverse Problems, ICLR 2023",
+    )
+
+
+@_recipe
+def red_diff(loss, strength: float = 1.0, weight: float = 0.25, **changes: Any) -> Guidance:
+    """RED-diff: optimises a clean picture by Adam, the denoiser's residual its regulariser (Mardani et al. 2024).
+
+    `strength` scales Adam's learning rate, 0.1 at 1 (published: 0.1 to 0.5, 100 steps). The loss is a distance; its
+    half square is optimised.
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=Chain((Squared(), PriorGap(weight), Adam(0.1, 0.9, 0.99))),
+        through="x0",
+        edit="anchor",
+        name="red_diff",
+        citation="Mardani et al., A Variational Perspective on Solving Inverse Problems with Diffusion Models, "
+        "ICLR 2024, arXiv 2305.04391",
+    )
+
+
+@_recipe
+def diffpir(loss, strength: float = 1.0, weight: float = 7.0, **changes: Any) -> Guidance:
+    """DiffPIR: x0 goes to the proximal point of the measurement, the noise follows; no gradient (Zhu et al. 2023).
+
+    For one `Measurement` by a linear operator. `weight` is the paper's lambda.
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=AsNoise(),
+        proximal=Proximal("noise", weight),
+        through="x0",
+        edit="score",
+        name="diffpir",
+        citation="Zhu et al., Denoising Diffusion Models for Plug-and-Play Image Restoration, "
+        "CVPR Workshops 2023, arXiv 2305.08995",
+    )
+
+
+@_recipe
+def ddnm(loss, strength: float = 1.0, **changes: Any) -> Guidance:
+    """DDNM: x0 is projected onto the pictures that agree with the measurement; no gradient (Wang et al. 2023).
+
+    For one `Measurement` by a linear operator, without noise: noise in it is fitted.
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=AsNoise(),
+        proximal=Proximal("infinite"),
+        through="x0",
+        edit="score",
+        name="ddnm",
+        citation="Wang et al., Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model, "
+        "ICLR 2023, arXiv 2212.00490",
+    )
+
+
+@_recipe
+def flowchef(loss, strength: float = 1.0, **changes: Any) -> Guidance:
+    """FlowChef: x_{t-1} -= 0.5 g_0, no backprop through the network; made for flow models (Patel et al. 2025)."""
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=Constant(0.5),
+        through="x0",
+        name="flowchef",
+        citation="Patel et al., FlowChef: Steering Rectified Flow Models for Controlled Generations, "
+        "ICCV 2025, arXiv 2412.00100",
+    )
+
+
+@_recipe
+def flowdps(loss, strength: float = 1.0, size: float = 15.0, inner: int = 3, **changes: Any) -> Guidance:
+    """FlowDPS: inner steps on x0, blended by the level, and noise mixed anew; made for flow models (Kim et al. 2025).
+
+    `size` is that of the inner gradient steps on a distance, 15 to 30 as published for latents of 96 x 96 x 16.
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=None,
+        through="x0",
+        inner=Inner(inner, Constant(size), blend=True),
+        remix="signal",
+        name="flowdps",
+        citation="Kim et al., FlowDPS: Flow-Driven Posterior Sampling for Inverse Problems, "
+        "ICCV 2025, arXiv 2503.08136",
+    )
+
+
+@_recipe
+def best_of_n(loss, strength: float = 1.0, count: int = 4, **changes: Any) -> Guidance:
+    """Best of N: draws `count` candidates per picture and keeps the one of lowest loss; needs no gradient."""
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=None,
+        through="x0",
+        particles=Particles(count, resample=False),
+        name="best_of_n",
+        citation="the baseline of every search at sampling time",
+    )
+
+
+@_recipe
+def fk_steering(loss, strength: float = 1.0, count: int = 4, sharpness: float = 10.0, **changes: Any) -> Guidance:
+    """Feynman-Kac steering: particles are resampled by how the loss falls; needs no gradient (Singhal et al. 2025)."""
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=None,
+        through="x0",
+        particles=Particles(count, sharpness, pick="draw"),
+        name="fk_steering",
+        citation="Singhal et al., A General Framework for Inference-time Scaling and Steering of Diffusion Models, "
+        "ICML 2025, arXiv 2501.06848",
+    )
+
+
+@_recipe
+def tds(loss, strength: float = 1.0, count: int = 4, sharpness: float = 10.0, **changes: Any) -> Guidance:
+    """Twisted diffusion sampler: particles moved by the gradient, weighed so that the law stays exact (Wu et al. 2023).
+
+    Needs a solver that draws noise (DDPM, DDIM with eta=1).
+    """
+    return _build(
+        loss,
+        strength,
+        changes,
+        rule=AsScore(sharpness),
+        particles=Particles(count, sharpness, pick="draw", twisted=True),
+        name="tds",
+        citation="Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, "
+        "NeurIPS 2023, arXiv 2306.17775",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ..samplers.solver import Solver
 from ..samplers.time_travel import Visit, visits
 from .gradient import loss_gradient, pulled_back
 from .guidance import Guidance
+from .particles import Population, reordered
+from .smoothing import smoothed
 from .steps import Signal, norm, per_sample
 
 
@@ -25,7 +28,7 @@ class Run:
         guidance: what to carry out.
         solver: a solver whose timesteps are set.
         decode: sample -> picture for the losses.
-        seeds: one integer per picture, or a function from the batch size to them.
+        seeds: one integer per sample, or a function from the batch size to them.
     """
 
     def __init__(self, guidance: Guidance, solver: Solver, decode: Callable[[torch.Tensor], torch.Tensor], seeds):
@@ -39,11 +42,14 @@ class Run:
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)
         self._sources: list[torch.Generator] | None = None
         self._state: Any = None
+        self._inner_state: Any = None
+        self._anchor: torch.Tensor | None = None
+        self._population: Population | None = None
+        self._levels = [level.preserving() for level in solver.levels]
 
     def needs_graph(self, visit: Visit) -> bool:
         """Whether this visit needs the denoiser's graph from sample to prediction."""
-        guidance = self.guidance
-        return guidance.active and guidance.through == "denoiser" and bool(self._terms(visit.step))
+        return self.guidance.through_denoiser and bool(self._terms(visit.step))
 
     def _terms(self, step: int) -> list:
         steps = len(self.solver)
@@ -65,7 +71,7 @@ class Run:
             x: `(B, ...)`; where `needs_graph(visit)` holds, `prediction` depends on it through autograd.
             prediction: the model's, of the solver's kind.
             visit: which step, which repeat.
-            solve: the solver's own step, from a prediction to `x_{t-1}`.
+            solve: the solver's own step, from a prediction and its sample to `x_{t-1}`.
             started: `time.perf_counter()` before the prediction was made, for the record.
 
         Returns:
@@ -73,8 +79,7 @@ class Run:
         """
         started = time.perf_counter() if started is None else started
         if self._sources is None:
-            self._sources = generators(self._seeds(len(x)), "guidance")
-            self._state = self.guidance.rule.init(x.detach())
+            self._begin(x.detach())
         solver, guidance = self.solver, self.guidance
         level, after = solver.levels[visit.step], solver.levels[visit.step + 1]
         row: dict[str, Any] = dict(
@@ -85,24 +90,22 @@ class Run:
             alpha=level.alpha.tolist(),
             sigma=level.sigma.tolist(),
         )
-        move, terms = None, self._terms(visit.step)
-        if terms:
-            move = self._move(x, prediction, terms, level, after, row)
+        terms = self._terms(visit.step)
+        seen = self._look(x, prediction, terms, visit.step, row) if terms else None
         x, prediction = x.detach(), prediction.detach()
-        shift = score = None
-        if move is not None and guidance.edit == "score":
-            score = move
-        elif move is not None:
-            shift = after.alpha * move if guidance.edit == "mean" else move
-            if not solver.keeps_shifts:
-                shift, score = None, _score_for_shift(shift, level, after)
-        if score is not None:
-            prediction = _scored(x, prediction, score, level, solver.kind)
+        if seen is not None and seen.order is not None:
+            x, prediction = x[seen.order], prediction[seen.order]
+            solver.reorder(seen.order, len(x))
         before = None if visit.last else solver.remember()
         with torch.no_grad():
-            x_next = solve(prediction)
-            if shift is not None:
-                x_next = (x_next.to(shift.dtype) - shift).to(x_next.dtype)
+            if seen is None:
+                x_next = solve(prediction, x)
+            elif guidance.edit == "anchor":
+                x_next = self._anchored(x, prediction, seen, after, row, solve)
+            else:
+                x_next = self._edited(x, prediction, seen, level, after, row, solve)
+            if guidance.remix and guidance.active:
+                x_next = self._remixed(x_next, level.noise(prediction, x, solver.kind), after)
             if not visit.last:
                 noise = randn(tuple(x.shape[1:]), self._sources, like=x_next)
                 x_next = after.renoise(x_next, level, noise)
@@ -112,11 +115,28 @@ class Run:
         self.record.add(**row, seconds=time.perf_counter() - started)
         return x_next
 
-    def _move(self, x, prediction, terms, level: Level, after: Level, row: dict) -> torch.Tensor | None:
-        """The step to subtract, `(B, ...)` in float32 (float64 for float64 samples), or None at strength 0."""
-        guidance, kind = self.guidance, self.solver.kind
+    def finish(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The samples `(N,)` to keep of the last ones, by index, where there are particles; else None."""
+        if self._population is None:
+            return None
+        with torch.no_grad():
+            self._population.weigh(self.guidance.loss(self.decode(x.detach()).float()))
+        return self._population.chosen()
+
+    def _begin(self, x: torch.Tensor) -> None:
+        guidance = self.guidance
+        self._sources = generators(self._seeds(len(x)), "guidance")
+        self._state = None if guidance.rule is None else guidance.rule.init(x)
+        self._inner_state = None if guidance.inner is None else guidance.inner.rule.init(x)
+        if guidance.candidates > 1:
+            self._population = Population(guidance.particles, guidance.strength, self._sources)
+
+    def _look(self, x, prediction, terms: list, step: int, row: dict) -> _Seen | None:
+        """What the losses say of this step; None where nothing moves."""
+        guidance, solver, kind = self.guidance, self.solver, self.solver.kind
+        level = solver.levels[step]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        through = guidance.through == "denoiser" and guidance.active
+        through = guidance.through_denoiser
         if through and not (prediction.requires_grad and x.requires_grad):
             raise ValueError(
                 "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in "
@@ -125,47 +145,210 @@ class Run:
             )
         with torch.set_grad_enabled(through):
             x0 = level.x0(prediction.to(dtype), x.to(dtype), kind)
-        g, loss, values = self._gradient_at_x0(x0.detach(), terms)
+        sample, place, drawn = x.detach().to(dtype), x0.detach(), None
+        noise = level.noise(prediction.detach().to(dtype), sample, kind)
+        if guidance.edit == "anchor" and guidance.active:
+            self._anchor = torch.zeros_like(place) if self._anchor is None else self._anchor
+            place = self._anchor
+            drawn = level.noise(place, sample, "sample")
+        blur = None
+        if guidance.smoothing is not None and guidance.needs_gradient:
+            blur = guidance.smoothing.draw(tuple(x.shape[1:]), self._sources, level, place)
+        g0, loss, values = self._gradient_at(place, terms, blur)
         row.update(loss=loss, terms=values)
-        if g is None:
+        if not guidance.active:
             return None
+        if guidance.proximal is not None:
+            g0 = -guidance.proximal.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
+        g = g0
         if through:
-            g = pulled_back(x0, x, g).to(dtype)
-        fine = torch.isfinite(g).flatten(1).all(1) & torch.isfinite(loss)
-        g = torch.where(per_sample(fine, g, torch.bool), g, 0)
-        floor = _floor(terms, loss)
-        with torch.no_grad():
-            noise = level.noise(prediction.detach().to(dtype), x.detach().to(dtype), kind)
-            signal = Signal(g, torch.nan_to_num(loss), noise, level, after, floor)
-            move, self._state = guidance.rule.update(signal, self._state)
-            move = guidance.strength * move
-            fine = fine & torch.isfinite(move).flatten(1).all(1)
-            move = torch.where(per_sample(fine, move, torch.bool), move, 0)
-        self.record.count_nonfinite(~fine)
-        if guidance.raise_on_nonfinite and not bool(fine.all()):
-            bad = (~fine).nonzero().flatten().tolist()
-            raise FloatingPointError(
-                f"the loss, its gradient or its step is not finite at step {row['step']} for pictures {bad}"
-            )
-        row.update(gradient_norm=norm(g).flatten(), step_size=norm(move).flatten())
-        return move
+            g = pulled_back(x0, x, g0).to(dtype) * level.stretch.to(dtype)
+        fine = torch.isfinite(loss)
+        if g is not None:
+            fine = fine & torch.isfinite(g).flatten(1).all(1)
+            g = torch.where(per_sample(fine, g, torch.bool), g, 0)
+            row["gradient_norm"] = norm(g).flatten()
+        signal = Signal(
+            gradient=g,
+            loss=torch.nan_to_num(loss),
+            noise=noise,
+            level=self._levels[step],
+            next_level=self._levels[step + 1],
+            floor=_floor(terms, loss),
+            levels=self._levels,
+            step=step,
+            x0=solver.clipped(place),
+            drawn=drawn,
+        )
+        seen = _Seen(signal, fine)
+        if guidance.inner is not None:
+            seen.displacement = self._inner(place, g0, loss, terms, blur, seen)
+        if self._population is not None:
+            self._population.weigh(loss)
+            order = self._population.ancestors()
+            if order is not None:
+                batch = len(x)
+                seen = seen.reordered(order, batch)
+                self._state = reordered(self._state, order, batch)
+                self._inner_state = reordered(self._inner_state, order, batch)
+                self._anchor = reordered(self._anchor, order, batch)
+        return seen
+
+    def _gradient_at(self, x0: torch.Tensor, terms: list, blur: torch.Tensor | None):
+        """Gradient at x0 (None where none is needed), loss and terms, smoothed over the copies in `blur`."""
+        if blur is None:
+            return self._gradient_at_x0(x0, terms)
+        return smoothed(lambda place: self._gradient_at_x0(place, terms), x0, blur)
 
     def _gradient_at_x0(self, x0: torch.Tensor, terms: list):
-        """Gradient at x0 (None at strength 0): the guide's at the picture, then one product through the decoder."""
+        """The guide's gradient at the picture, then one product through the decoder."""
         guidance = self.guidance
-        with torch.set_grad_enabled(guidance.active):
-            leaf = x0.requires_grad_(guidance.active)
+        gradient = guidance.needs_gradient
+        with torch.set_grad_enabled(gradient):
+            leaf = x0.detach().requires_grad_(gradient)
             image = self.decode(leaf)
         seen = image.detach()
         seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
         draws = None
-        if guidance.active and guidance.augment is not None and any(term.augment for term in terms):
+        if gradient and guidance.augment is not None and any(term.augment for term in terms):
             draws = guidance.augment.draw(self._sources)
         augment = None if draws is None else guidance.augment
-        g, loss, values = loss_gradient(seen, terms, augment, draws, gradient=guidance.active)
+        g, loss, values = loss_gradient(seen, terms, augment, draws, gradient=gradient)
         if g is not None:
             g = pulled_back(image, leaf, g)
         return g, loss, values
+
+    def _inner(self, x0: torch.Tensor, g: torch.Tensor, loss: torch.Tensor, terms, blur, seen: _Seen) -> torch.Tensor:
+        """How far the inner steps move x0; nothing for a sample where one of them is not finite."""
+        inner, place, signal = self.guidance.inner, x0, seen.signal
+        for i in range(inner.iterations):
+            if i:
+                g, loss, _ = self._gradient_at(place, terms, blur)
+            signal = replace(signal, gradient=g, loss=torch.nan_to_num(loss), x0=place)
+            with torch.no_grad():
+                move, self._inner_state = inner.rule.update(signal, self._inner_state)
+                place = place - self.guidance.strength * torch.where(norm(g) > 0, move, 0)
+        level = signal.level
+        displacement = place - x0
+        if inner.blend:
+            displacement = level.alpha / (level.alpha + level.sigma) * displacement
+        fine = torch.isfinite(displacement).flatten(1).all(1)
+        seen.fine = seen.fine & fine
+        return torch.where(per_sample(fine, displacement, torch.bool), displacement, 0)
+
+    def _move(self, signal: Signal, fine: torch.Tensor, row: dict) -> torch.Tensor:
+        """The rule's step to subtract, `(B, ...)`; zero for a sample whose gradient is zero or not finite."""
+        guidance = self.guidance
+        move, self._state = guidance.rule.update(signal, self._state)
+        move = guidance.strength * move
+        fine = fine & torch.isfinite(move).flatten(1).all(1)
+        wanted = per_sample(fine, move, torch.bool) & ((norm(signal.gradient) > 0) | (guidance.edit == "anchor"))
+        move = torch.where(wanted, move, 0)
+        row["step_size"] = norm(move).flatten()
+        self._count(fine, row)
+        return move
+
+    def _count(self, fine: torch.Tensor, row: dict) -> None:
+        self.record.count_nonfinite(~fine)
+        if self.guidance.raise_on_nonfinite and not bool(fine.all()):
+            bad = (~fine).nonzero().flatten().tolist()
+            raise FloatingPointError(
+                f"the loss, its gradient or its step is not finite at step {row['step']} for pictures {bad}"
+            )
+
+    def _edited(self, x, prediction, seen: _Seen, level: Level, after: Level, row: dict, solve) -> torch.Tensor:
+        """The solver's step, with the rule's step and the displacement of x0 worked in."""
+        guidance, solver, signal = self.guidance, self.solver, seen.signal
+        displacement, shift, score = seen.displacement, None, None
+        wide = after.stretch.to(signal.x0.dtype)
+        late = guidance.rule is not None and guidance.edit == "shift" and solver.keeps_shifts
+        if guidance.rule is None:
+            self._count(seen.fine, row)
+        elif not late:
+            move = self._move(signal, seen.fine, row)
+            if guidance.edit == "score":
+                score = move
+            elif guidance.edit == "mean":
+                displacement = -move if displacement is None else displacement - move
+            else:
+                shift = wide * move
+        if guidance.project is not None and displacement is not None:
+            displacement = guidance.project(signal.x0 + displacement) - signal.x0
+        if displacement is not None and guidance.inner is not None and guidance.inner.keep == "sample":
+            score = _sum(score, -level.alpha / level.sigma.clamp_min(1e-20) * displacement)
+        elif displacement is not None:
+            shift = _sum(shift, -after.alpha * displacement)
+        if shift is not None and not solver.keeps_shifts:
+            score, shift = _sum(score, _score_for_shift(shift, level, after)), None
+        if score is not None:
+            prediction = _scored(x, prediction, score, level, solver.kind)
+        x_next = solve(prediction, x)
+        if late:
+            signal = replace(signal, landed=x_next.to(signal.x0.dtype) / wide)
+            move = self._move(signal, seen.fine, row)
+            if self._population is not None and guidance.particles.twisted:
+                self._population.correct(_log_ratio(signal, move))
+            shift = _sum(shift, wide * move)
+        if shift is not None:
+            x_next = (x_next.to(shift.dtype) - shift).to(x_next.dtype)
+        return x_next
+
+    def _anchored(self, x, prediction, seen: _Seen, after: Level, row: dict, solve) -> torch.Tensor:
+        """The anchor takes the rule's step, and fresh noise makes of it a sample of the next level."""
+        self._anchor = self._anchor - self._move(seen.signal, seen.fine, row)
+        x_next = solve(prediction, x)  # only so that the solver counts its steps
+        noise = randn(tuple(x.shape[1:]), self._sources, like=self._anchor)
+        return after.mix(self._anchor, noise).to(x_next.dtype)
+
+    def _remixed(self, x_next: torch.Tensor, noise: torch.Tensor, after: Level) -> torch.Tensor:
+        """A share of the predicted noise in `x_next` replaced by fresh noise, its variance kept."""
+        share = self.guidance.remix
+        if share == "signal":
+            share = after.alpha / (after.alpha + after.sigma)
+        share = torch.as_tensor(share, dtype=torch.float64)
+        fresh = randn(tuple(x_next.shape[1:]), self._sources, like=x_next)
+        change = ((1 - share).clamp_min(0).sqrt() - 1) * noise + share.sqrt() * fresh
+        return (x_next + after.sigma * change).to(x_next.dtype)
+
+
+@dataclass
+class _Seen:
+    """What a visit found: the signal for the rule, which samples are sound, the displacement of x0 by inner steps, and
+    the order in which particles go on."""
+
+    signal: Signal
+    fine: torch.Tensor
+    displacement: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def reordered(self, order: torch.Tensor, batch: int) -> _Seen:
+        fields = {name: reordered(getattr(self.signal, name), order, batch) for name in ("gradient", "noise", "x0")}
+        drawn = reordered(self.signal.drawn, order, batch)
+        signal = replace(self.signal, loss=self.signal.loss[order.to(self.signal.loss.device)], drawn=drawn, **fields)
+        if signal.floor is not None:
+            signal = replace(signal, floor=signal.floor[order.to(signal.floor.device)])
+        fine = self.fine[order.to(self.fine.device)]
+        return _Seen(signal, fine, reordered(self.displacement, order, batch), order)
+
+
+def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of two steps of which either may be missing."""
+    return other if one is None else one if other is None else one + other
+
+
+def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
+    """Logarithm `(B,)` of the model's own density over the moved proposal's, where an ancestral step landed."""
+    variance = signal.level.step_std(signal.next_level) ** 2
+    if not bool((variance > 0).all()):
+        return torch.zeros(len(move), dtype=torch.float64)
+    drawn = signal.landed - signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
+    return ((2 * drawn - move) * move / (2 * variance)).double().flatten(1).sum(1)
+
+
+def _residual(terms: list, image: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What one measurement lacks at an image, `y - A(image)`, and its noise."""
+    loss = terms[0].loss
+    return loss.residual(image), loss.sigma
 
 
 def _scored(x: torch.Tensor, prediction: torch.Tensor, move: torch.Tensor, level: Level, kind: str) -> torch.Tensor:
@@ -177,7 +360,8 @@ def _scored(x: torch.Tensor, prediction: torch.Tensor, move: torch.Tensor, level
         return prediction
     sample = x.to(move.dtype)
     noise = level.noise(prediction.to(move.dtype), sample, kind) + move
-    return level.prediction(level.x0(noise, sample, "epsilon"), noise, kind).to(prediction.dtype)
+    moved = level.prediction(level.x0(noise, sample, "epsilon"), noise, kind).to(prediction.dtype)
+    return torch.where(per_sample((move != 0).flatten(1).any(1), moved, torch.bool), moved, prediction)
 
 
 def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.Tensor | None:

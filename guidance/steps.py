@@ -6,6 +6,7 @@ and its next state. Every norm is per sample; a zero gradient gives a zero step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,12 @@ class Signal:
         loss: its value, `(B,)`.
         floor: the loss of a perfect picture, `(B,)`, or None where it is not known.
         noise: the noise prediction, like the gradient.
-        level, next_level: the noise levels that the solver's step leads from and to.
+        level, next_level: the noise levels that the solver's step leads from and to. Sigma-space samplers (Karras, EDM)
+            are told in variance-preserving coordinates, so that a rule means the same to every solver of a model.
+        levels, step: all levels of the run, and the index of `level` among them.
+        x0: the clean sample predicted, as the solver clips it.
+        landed: where the solver's own step lands, or None where the rule has to be asked before it.
+        drawn: the noise that was put on the anchor (edit "anchor"), else None.
     """
 
     gradient: torch.Tensor
@@ -32,6 +38,11 @@ class Signal:
     level: Level
     next_level: Level
     floor: torch.Tensor | None = None
+    levels: Sequence[Level] = ()
+    step: int = 0
+    x0: torch.Tensor | None = None
+    landed: torch.Tensor | None = None
+    drawn: torch.Tensor | None = None
 
 
 class StepRule:
@@ -127,13 +138,24 @@ class Polyak(StepRule):
 
 @dataclass(frozen=True)
 class PolyakToFloor(StepRule):
-    """`max(L - L*, 0) / ||g||^2 * g`, Polyak's own step to a known floor `L*` (a measurement's noise level; 0 if
-    unknown)."""
+    """`max(L - L*, 0) / ||g||^2 * g`: Polyak's own step (1969), with a target loss and a cap.
+
+    Args:
+        target: `L*`; None for the loss's own floor (a measurement's noise level), 0 where that is not known.
+        cap: the root mean square of the step at most; None for no cap.
+    """
+
+    target: float | None = None
+    cap: float | None = None
 
     def update(self, signal, state):
-        gap = signal.loss if signal.floor is None else signal.loss - signal.floor
+        floor = signal.floor if self.target is None else self.target
+        gap = signal.loss if floor is None else signal.loss - floor
         length = norm(signal.gradient)
-        return _over(per_sample(gap.clamp_min(0), length), length) * unit(signal.gradient), state
+        length = _over(per_sample(gap.clamp_min(0), length), length)
+        if self.cap is not None:
+            length = length.clamp_max(self.cap * signal.gradient[0].numel() ** 0.5)
+        return length * unit(signal.gradient), state
 
 
 @dataclass(frozen=True)
@@ -149,6 +171,158 @@ class NoiseScaled(StepRule):
     def update(self, signal, state):
         radius = self.k * signal.gradient[0].numel() ** 0.5 * signal.level.step_std(signal.next_level)
         return radius * unit(signal.gradient), state
+
+
+@dataclass(frozen=True)
+class Squared(StepRule):
+    """`L * g`, the gradient of `L^2 / 2`: for methods that are published for a squared distance."""
+
+    def update(self, signal, state):
+        return per_sample(signal.loss, signal.gradient) * signal.gradient, state
+
+
+@dataclass(frozen=True)
+class SigmaScaled(StepRule):
+    """`size * s_t * g`: the score form's addition to the noise prediction (Dhariwal and Nichol 2021; Bansal et al.
+    2023)."""
+
+    size: float = 1.0
+
+    def update(self, signal, state):
+        return self.size * signal.level.sigma * signal.gradient, state
+
+
+@dataclass(frozen=True)
+class LevelRatio(StepRule):
+    """`a_{t-1} / a_t * g`: a step at `x_t` as it arrives at `x_{t-1}` (TFG, Ye et al. 2024)."""
+
+    def update(self, signal, state):
+        return _over(signal.next_level.alpha, signal.level.alpha) * signal.gradient, state
+
+
+@dataclass(frozen=True)
+class Scheduled(StepRule):
+    """`size * w_t * g`, `w_t` of mean one over the run (TFG, Ye et al. 2024).
+
+    Args:
+        size: mean factor.
+        schedule: "constant"; "increase", as `abar_t / abar_{t-1}`; or "decrease", as one minus that.
+    """
+
+    size: float = 1.0
+    schedule: str = "increase"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "increase", "decrease"):
+            raise ValueError(f"a schedule is constant, increase or decrease, got {self.schedule!r}")
+
+    def update(self, signal, state):
+        return self.size * self._weight(signal) * signal.gradient, state
+
+    def _weight(self, signal):
+        if self.schedule == "constant":
+            return 1.0
+        shares = torch.stack([level.signal_share for level in signal.levels])
+        ratios = shares[:-1] / shares[1:]
+        if self.schedule == "decrease":
+            ratios = 1 - ratios
+        return ratios[signal.step] * len(ratios) / ratios.sum(0)
+
+
+@dataclass(frozen=True)
+class Adam(StepRule):
+    """`size * m / (sqrt(v) + 1e-8)`: Adam's bias-corrected moments of the gradient over the steps (Kingma and Ba 2015).
+
+    Args:
+        size: length per element where gradients agree from step to step.
+        beta1, beta2: decay of the first and the second moment, in [0, 1).
+    """
+
+    size: float = 0.03
+    beta1: float = 0.5
+    beta2: float = 0.6
+
+    def init(self, x):
+        return 0, 0.0, 0.0
+
+    def update(self, signal, state):
+        count, first, second = state
+        count, g = count + 1, signal.gradient
+        first = self.beta1 * first + (1 - self.beta1) * g
+        second = self.beta2 * second + (1 - self.beta2) * g.square()
+        m, v = first / (1 - self.beta1**count), second / (1 - self.beta2**count)
+        return self.size * m / (v.sqrt() + 1e-8), (count, first, second)
+
+
+@dataclass(frozen=True)
+class Spherical(StepRule):
+    """Turn the noise that the solver drew toward descent, and keep its length (DSG, Yang et al. 2024).
+
+    `x_{t-1} = mu + r unit(d + k (d* - d))` with `r = sqrt(n) s_step`, `d` the noise drawn, `d* = -r g / ||g||`.
+
+    Raises:
+        ValueError: the solver draws no noise.
+    """
+
+    k: float = 0.1
+
+    def update(self, signal, state):
+        step_std = signal.level.step_std(signal.next_level)
+        if signal.landed is None or not bool((step_std > 0).any()):
+            if signal.landed is None:
+                raise ValueError("a spherical step turns the solver's own noise, and this solver draws none")
+            return torch.zeros_like(signal.gradient), state
+        radius = signal.gradient[0].numel() ** 0.5 * step_std
+        mean = signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
+        drawn = signal.landed - mean
+        along = (unit(drawn) * unit(signal.noise)).flatten(1).sum(1)
+        if bool((norm(drawn) < 0.5 * radius).all() | (along > 0.9).all()):
+            raise ValueError(
+                "a spherical step turns the noise that the solver draws, and this solver draws none: choose DDIM with "
+                "eta=1, DDPM or an ancestral one"
+            )
+        wanted = -radius * unit(signal.gradient)
+        return signal.landed - (mean + radius * unit(drawn + self.k * (wanted - drawn))), state
+
+
+@dataclass(frozen=True)
+class AsNoise(StepRule):
+    """`a_t / s_t * g`: a step of x0 as what the noise prediction has to gain, so that the sample stays; for the edit
+    "score"."""
+
+    def update(self, signal, state):
+        return _over(signal.level.alpha, signal.level.sigma) * signal.gradient, state
+
+
+@dataclass(frozen=True)
+class AsScore(StepRule):
+    """`(a'/a) (s^2 - (a s'/a')^2) g`: how far a score of `-g` moves an ancestral step; nothing where no noise is drawn.
+
+    The twisted proposal of TDS (Wu et al. 2023).
+    """
+
+    size: float = 1.0
+
+    def update(self, signal, state):
+        level, after = signal.level, signal.next_level
+        ratio = _over(after.alpha, level.alpha)
+        variance = level.sigma**2 - _over(after.sigma, ratio) ** 2
+        draws = (level.step_std(after) > 0).to(variance)
+        return self.size * draws * ratio * variance * signal.gradient, state
+
+
+@dataclass(frozen=True)
+class PriorGap(StepRule):
+    """`g + weight * s/a * (e - n)`: adds the denoiser's own pull on an anchor, `n` the noise put on it (RED-diff,
+    Mardani et al. 2024); only for the edit "anchor"."""
+
+    weight: float = 0.25
+
+    def update(self, signal, state):
+        if signal.drawn is None:
+            raise ValueError('the prior\'s pull on an anchor needs edit="anchor"')
+        factor = self.weight * _over(signal.level.sigma, signal.level.alpha)
+        return signal.gradient + factor * (signal.noise - signal.drawn), state
 
 
 @dataclass(frozen=True)

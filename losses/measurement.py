@@ -37,7 +37,7 @@ class Measurement(Loss):
     def __init__(self, operator: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, sigma: float = 0.0):
         if not sigma >= 0:
             raise ValueError(f"sigma is a standard deviation, not negative, got {sigma!r}")
-        self.operator = operator
+        self.operator, self.sigma = operator, float(sigma)
         y = y.detach()
         y = y[None] if y.ndim == 3 else y
         observed = torch.ones_like(y) * _observed(operator, y)
@@ -49,12 +49,16 @@ class Measurement(Loss):
         self.settings: dict[str, Any] = {"operator": described, "y": digest(self.y), "sigma": float(sigma)}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return distance(self.residual(image))
+
+    def residual(self, image: torch.Tensor) -> torch.Tensor:
+        """`y - A(image)`, of the shape of y; zero where nothing is observed."""
         measured, y = self.operator(image), self.y.to(image)
         if measured.shape[1:] != y.shape[1:] or len(measured) != len(image):
             raise ValueError(
                 f"the operator makes {tuple(measured.shape)} of images {tuple(image.shape)}, but y is {tuple(y.shape)}"
             )
-        return distance(per_image(y, len(image), "measurements") - measured)
+        return per_image(y, len(image), "measurements") - measured
 
 
 def _observed(operator: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor) -> torch.Tensor:

@@ -104,6 +104,25 @@ class Level:
         r = to.alpha / self.alpha
         return r * x + (to.sigma**2 - (r * self.sigma) ** 2).clamp_min(0).sqrt() * noise
 
+    @property
+    def signal_share(self) -> torch.Tensor:
+        """`a^2 / (a^2 + s^2)`, the cumulative `abar` of the variance-preserving model at the same signal-to-noise."""
+        return self.alpha**2 / (self.alpha**2 + self.sigma**2)
+
+    @property
+    def stretch(self) -> torch.Tensor:
+        """By how much sigma space (`alpha = 1`) is wider than variance-preserving coordinates; one for other levels."""
+        return torch.where(self.alpha == 1, (1 + self.sigma**2).sqrt(), 1.0)
+
+    def preserving(self) -> Level:
+        """The same level in variance-preserving coordinates, `x / stretch`; other levels than sigma space's as they
+        are."""
+        return Level(self.alpha / self.stretch, self.sigma / self.stretch, self.sigma_data)
+
+    def ancestral_mean(self, to: Level, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The mean of an ancestral step to the cleaner level `to`: `a' x0 + sqrt(s'^2 - s_step^2) noise`."""
+        return to.alpha * x0 + (to.sigma**2 - self.step_std(to) ** 2).clamp_min(0).sqrt() * noise
+
     def step_std(self, to: Level) -> torch.Tensor:
         """Standard deviation of the noise that an ancestral solver draws from this level to the cleaner `to`.
 

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .denoiser import Denoiser, as_picture
-from .random import generators, randn
+from .random import generators, particle_seeds, randn
 from .record import Record
 from .solver import Solver
 from .time_travel import visits
@@ -100,6 +100,8 @@ def sample(
 def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar) -> tuple[torch.Tensor, Record]:
     solver = Solver.of(denoiser.scheduler, steps, denoiser.device)
     kind, channels = denoiser.kind or solver.kind, denoiser.shape[0]
+    candidates = 1 if guidance is None else guidance.candidates
+    seeds = particle_seeds(seeds, candidates)
     sources = generators(seeds)
     x = (randn(denoiser.shape, sources) * solver.initial_sigma).to(denoiser.device)
     run = None if guidance is None else guidance.begin(solver, denoiser.decode, seeds)
@@ -119,13 +121,16 @@ def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar)
                     level.x0(prediction, x, kind), level.noise(prediction, x, kind), solver.kind
                 )
 
-        def solve(prediction, i=i, x=x, variance=variance):
+        if candidates > 1 and variance.shape[1]:
+            raise ValueError("particles do not work with a model that also predicts a variance")
+
+        def solve(prediction, x, i=i, variance=variance):
             output = torch.cat([prediction, variance], 1) if variance.shape[1] else prediction
             return solver.step(output, i, x.detach(), eta=eta, generator=sources)
 
         with torch.no_grad():
             if run is None:
-                x = solve(prediction)
+                x = solve(prediction, x)
                 record.add(step=i, visit=0, timestep=solver.times[i], seconds=time.perf_counter() - start)
             else:
                 x = run.step(x, prediction, visit, solve, start)
@@ -133,4 +138,8 @@ def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar)
             if "loss" in record.rows[-1]:
                 bar.set_postfix(loss=f"{record.rows[-1]['loss'].mean().item():.4g}", refresh=False)
             bar.update()
+    kept = None if run is None else run.finish(x)
+    if kept is not None:
+        x = x[kept.to(x.device)]
+        record.keep(kept)
     return x.detach().cpu(), record

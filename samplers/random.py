@@ -22,3 +22,10 @@ def randn(shape: tuple[int, ...], sources: list[torch.Generator], like: torch.Te
 def rand(shape: tuple[int, ...], sources: list[torch.Generator]) -> torch.Tensor:
     """Uniform numbers in [0, 1), `(B, *shape)`, each sample from its own generator."""
     return torch.stack([torch.rand(shape, generator=source) for source in sources])
+
+
+def particle_seeds(seeds: list[int], count: int) -> list[int]:
+    """Seeds of `count` particles for each seed, one after the other; the first of each is the seed itself."""
+    return [
+        (int(seed) + j * 0x9E3779B97F4A7C15) & (2**63 - 1) if j else int(seed) for seed in seeds for j in range(count)
+    ]

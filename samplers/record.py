@@ -50,6 +50,17 @@ class Record:
                 stacklevel=3,
             )
 
+    def keep(self, chosen: torch.Tensor) -> None:
+        """Keep the columns of these samples only."""
+        for row in self.rows:
+            for key in PER_PICTURE:
+                if key in row:
+                    row[key] = row[key][chosen.to(row[key].device)]
+            if "terms" in row:
+                row["terms"] = {name: value[chosen.to(value.device)] for name, value in row["terms"].items()}
+        if self.nonfinite is not None:
+            self.nonfinite = self.nonfinite[chosen.to(self.nonfinite.device)]
+
     @property
     def guided(self) -> list[dict[str, Any]]:
         """The rows that have a loss."""

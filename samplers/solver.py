@@ -10,6 +10,8 @@ import torch
 
 from .levels import Level, prediction_kind, scheduler_levels
 
+SCHEDULE = ("timesteps", "sigmas", "betas", "alphas", "alphas_cumprod")  # numbers per timestep, not per sample
+
 
 class Solver:
     """A scheduler whose timesteps are set, read once.
@@ -57,6 +59,25 @@ class Solver:
         """The scheduler's own step from `levels[index]`; options it does not know (eta, generator) are left out."""
         known = {name: value for name, value in options.items() if name in self._step_options}
         return self.scheduler.step(prediction, self.timesteps[index], x, **known, return_dict=False)[0]
+
+    def clipped(self, x0: torch.Tensor) -> torch.Tensor:
+        """A clean sample as the scheduler itself clips it before its step (`clip_sample`)."""
+        config = self.scheduler.config
+        if not getattr(config, "clip_sample", False):
+            return x0
+        limit = getattr(config, "clip_sample_range", 1.0)
+        return x0.clamp(-limit, limit)
+
+    def reorder(self, order: torch.Tensor, batch: int) -> None:
+        """Let sample `i` of the `batch` go on from the history of sample `order[i]`."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(moved(one) for one in value)
+            own = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == batch
+            return value[order.to(value.device)] if own else value
+
+        vars(self.scheduler).update({k: moved(v) for k, v in vars(self.scheduler).items() if k not in SCHEDULE})
 
     def remember(self) -> dict[str, Any]:
         """The scheduler's state: step index, histories of multistep solvers."""

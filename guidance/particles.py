@@ -1,0 +1,114 @@
+"""Particles: several candidates per picture, weighed by their losses; no gradient is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PICKS = ("best", "draw")
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Several particles per picture, of which one is kept.
+
+    Their weights follow `exp(-sharpness * L)`; with `resample`, those that fall behind are replaced on the way
+    (systematic resampling where the effective number falls below half of them), so that with more and more particles
+    the one drawn at the end follows the model's law times `exp(-sharpness * L)`.
+
+    Args:
+        count: particles per picture, at least 1.
+        sharpness: `lambda`, per unit of loss.
+        resample: on the way, or only at the end.
+        pick: keep the "best" (lowest loss) at the end, or "draw" one by weight.
+        twisted: the proposal is moved by the loss's gradient, which the weights correct (TDS).
+    """
+
+    count: int = 4
+    sharpness: float = 10.0
+    resample: bool = True
+    pick: str = "best"
+    twisted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"particles need count >= 1, got {self.count}")
+        if not 0 < self.sharpness < float("inf"):
+            raise ValueError(f"sharpness is positive, got {self.sharpness}")
+        if self.pick not in PICKS:
+            raise ValueError(f"pick is one of {', '.join(PICKS)}, got {self.pick!r}")
+
+
+class Population:
+    """The particles of a batch: groups of `settings.count` consecutive samples, their weights, their resampling.
+
+    Args:
+        settings: what to do.
+        strength: factor of the sharpness.
+        sources: one generator per sample; each group draws from that of its first.
+    """
+
+    def __init__(self, settings: Particles, strength: float, sources: list[torch.Generator]):
+        self.settings = settings
+        self.sharpness = settings.sharpness * strength
+        if len(sources) % settings.count:
+            raise ValueError(
+                f"a batch of {len(sources)} samples cannot be cut into groups of {settings.count} particles"
+            )
+        self.sources = sources[:: settings.count]
+        self.log_weights = torch.zeros(len(self.sources), settings.count, dtype=torch.float64)
+        self._potential = torch.zeros_like(self.log_weights)
+
+    def weigh(self, loss: torch.Tensor) -> None:
+        """Take the particles' present losses `(B,)` into their weights, in place of those before; NaN weighs nil."""
+        potential = -self.sharpness * loss.detach().double().cpu().view_as(self.log_weights)
+        potential = torch.nan_to_num(potential, nan=-float("inf"), neginf=-1e300, posinf=1e300).clamp_min(-1e300)
+        self.log_weights = self.log_weights + potential - self._potential
+        self._potential = potential
+
+    def correct(self, log_ratio: torch.Tensor) -> None:
+        """Add the logarithm `(B,)` of the model's density over the proposal's."""
+        self.log_weights = self.log_weights + log_ratio.detach().double().cpu().view_as(self.log_weights)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Normalised weights `(groups, count)`."""
+        return torch.softmax(self.log_weights, 1)
+
+    def ancestors(self) -> torch.Tensor | None:
+        """Which sample of the batch each goes on from, `(B,)`; None where every group keeps what it has."""
+        if not self.settings.resample:
+            return None
+        weights, count = self.weights, self.settings.count
+        poor = 1 / weights.square().sum(1) < count / 2
+        if not bool(poor.any()):
+            return None
+        chosen = torch.arange(count).repeat(len(weights), 1)
+        for group in poor.nonzero().flatten().tolist():
+            start = torch.rand((), generator=self.sources[group], dtype=torch.float64)
+            places = (torch.arange(count) + start) / count
+            chosen[group] = torch.searchsorted(weights[group].cumsum(0), places).clamp_max(count - 1)
+            self.log_weights[group] = 0.0
+            self._potential[group] = self._potential[group][chosen[group]]
+        return (chosen + count * torch.arange(len(chosen))[:, None]).flatten()
+
+    def chosen(self) -> torch.Tensor:
+        """The sample of each group that is kept, `(groups,)`."""
+        if self.settings.pick == "best":
+            inside = self._potential.argmax(1)
+        else:
+            drawn = [torch.multinomial(w, 1, generator=source) for w, source in zip(self.weights, self.sources)]
+            inside = torch.cat(drawn)
+        return inside + self.settings.count * torch.arange(len(inside))
+
+
+def reordered(state, order: torch.Tensor, batch: int):
+    """A nested state (tuples, lists, dicts) with every tensor of `batch` samples along its first axis reordered."""
+    if isinstance(state, torch.Tensor):
+        return state[order.to(state.device)] if state.dim() > 1 and len(state) == batch else state
+    if isinstance(state, dict):
+        return {key: reordered(value, order, batch) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(reordered(value, order, batch) for value in state)
+    return state
