@@ -1,4 +1,4 @@
-"""The command line: `lossguide generate`, `restore`, `recipes`, `losses`."""
+"""The command line: `lossguide generate`, `restore`, `tune`, `recipes`, `losses`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def main(context: click.Context) -> None:
     Examples:
       lossguide generate "ankle boot"
       lossguide restore photo.png --task super-resolution --degrade --resize
+      lossguide tune "ankle boot" --trials 10
       lossguide recipes
       lossguide losses
     """

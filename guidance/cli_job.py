@@ -45,6 +45,14 @@ def told(*kinds: type[Exception]) -> Iterator[None]:
 BAD = (ValueError, LookupError, OSError)
 
 
+def _tuned(path: Path) -> dict[str, Any]:
+    """The settings in a file that `lossguide tune` wrote."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise ValueError(f"'{path}' is not what `lossguide tune` writes: it has no settings")
+    return found["settings"]
+
+
 class Job:
     """One run of a command: its model, its seeds, and what all commands do with them."""
 
@@ -73,8 +81,8 @@ class Job:
         """The recipe over a loss, which is tried once: a loss that cannot work is told before the work begins."""
         guidance = self.recipe(loss, strength=self.run["strength"])
         if self.run.get("tuned") is not None:
-            with told(*BAD, KeyError, TypeError):
-                guidance = with_settings(guidance, json.loads(self.run["tuned"].read_text())["settings"])
+            with told(*BAD, TypeError):
+                guidance = with_settings(guidance, _tuned(self.run["tuned"]))
         size = self.model.size or (64, 64)
         image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.model.device)
         loss_gradient(image, list(guidance.loss.terms()), None, None)

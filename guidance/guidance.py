@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,15 @@ class Guidance:
         rule: how far to go along the gradient; None where only `inner` steps or `particles` are wanted.
         through: where the gradient is taken: at `x_t` through the "denoiser", or at "x0" only (no graph of the
             denoiser).
+        through_share: go through the denoiser at this share of the steps only, evenly spread; at the steps between, the
+            gradient is taken at x0 and the edit is "mean". A step through the denoiser costs about two of the others.
         edit: where the step lands: "shift" moves `x_{t-1}` after the solver's step; "score" adds it to the noise
             prediction and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts
             `x_{t-1}` by `a_{t-1}` times the step. Solvers that do not keep a shift (Heun, UniPC) get the score that a
             first-order step would turn into it. "anchor" optimises a clean sample of its own, on which fresh noise is
             put at each level (RED-diff); the solver's steps are not taken.
-        proximal: go toward the point that agrees with a linear measurement, instead of against a gradient.
+        toward: go toward the x0 that this finds, instead of against the gradient: the proximal point of a linear
+            measurement, or what inner steps reach. The rule then sees that displacement, reversed, as its gradient.
         inner: further steps on x0 within a visit.
         project: x0 -> x0, applied after x0 has moved (an autoencoder's round trip in MPGD).
         smoothing: of the loss by noise around x0.
@@ -82,8 +86,9 @@ class Guidance:
     loss: Composable | Callable[[torch.Tensor], torch.Tensor] | None
     rule: StepRule | None = NoiseScaled()
     through: str = "denoiser"
+    through_share: float = 1.0
     edit: str = "shift"
-    proximal: Proximal | None = None
+    toward: Proximal | Inner | None = None
     inner: Inner | None = None
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
     smoothing: Smoothing | None = None
@@ -107,12 +112,12 @@ class Guidance:
         if self.edit not in EDITS:
             raise ValueError(f"edit is one of {', '.join(EDITS)}, got {self.edit!r}")
         if self.edit == "anchor" and (
-            self.rule is None or self.through != "x0" or self.inner or self.project or self.proximal
+            self.rule is None or self.through != "x0" or self.inner or self.project or self.toward
         ):
             raise ValueError(
-                'edit="anchor" needs a rule and through="x0", and knows no inner steps, projection or proximal point'
+                'edit="anchor" needs a rule and through="x0", and knows no inner steps, projection or goal (toward)'
             )
-        if self.proximal is not None:
+        if isinstance(self.toward, Proximal):
             terms = () if self.loss is None else self.loss.terms()
             if self.loss is not None and (len(terms) != 1 or not hasattr(terms[0].loss, "residual")):
                 names = ", ".join(term.name for term in terms)
@@ -123,6 +128,8 @@ class Guidance:
             raise ValueError(f"a window needs 0 <= start < stop <= 1, got {self.start}, {self.stop}")
         if self.every < 1:
             raise ValueError(f"every is at least 1, got {self.every}")
+        if not 0 < self.through_share <= 1:
+            raise ValueError(f"through_share is more than 0 and at most 1, got {self.through_share}")
         if not 0 <= self.strength < float("inf"):
             raise ValueError(f"strength is a number from 0 up, got {self.strength}")
 
@@ -134,12 +141,21 @@ class Guidance:
     @property
     def needs_gradient(self) -> bool:
         """Whether the loss's gradient is taken; particles alone need none."""
-        return self.active and ((self.rule is not None and self.proximal is None) or self.inner is not None)
+        steps = self.rule is not None and not isinstance(self.toward, Proximal)
+        return self.active and (steps or self.inner is not None)
 
-    @property
-    def through_denoiser(self) -> bool:
-        """Whether steps need the graph of the denoiser."""
-        return self.active and self.rule is not None and self.through == "denoiser"
+    def goes_through(self, step: int) -> bool:
+        """Whether this solver step, where the loss acts, needs the graph of the denoiser."""
+        wanted = self.active and self.rule is not None and self.through == "denoiser"
+        return wanted and not self._between(step)
+
+    def edit_at(self, step: int) -> str:
+        """Where the rule's step lands at this solver step."""
+        between = self.through == "denoiser" and self.edit == "shift" and self._between(step)
+        return "mean" if between else self.edit
+
+    def _between(self, step: int) -> bool:
+        return math.ceil((step + 1) * self.through_share) == math.ceil(step * self.through_share)
 
     @property
     def candidates(self) -> int:

@@ -188,7 +188,7 @@ class _Steering:
     def leaf(self, x: torch.Tensor) -> torch.Tensor:
         """The first latents, as a leaf that requires grad where gradients are taken through the denoiser."""
         guidance = self.guided.guidance
-        return x.detach().requires_grad_(True) if guidance.through_denoiser else x
+        return x.detach().requires_grad_(True) if guidance.goes_through(0) else x
 
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The guided step in place of the scheduler's; same arguments and output."""

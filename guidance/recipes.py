@@ -27,6 +27,7 @@ from .steps import (
     Polyak,
     PolyakToFloor,
     PriorGap,
+    Reach,
     Rms,
     Scheduled,
     Shortest,
@@ -47,24 +48,29 @@ def _recipe(function: Callable[..., Guidance]) -> Callable[..., Guidance]:
 
 @_recipe
 def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
-    """The default: a step as long as the sampler's own noise, geometric augmentation, a short time travel.
+    """The default, without a strength to be found: a step as long as the sampler's noise, or just to the known floor.
 
-    The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, so that no strength has
-    to be found per task; the last fifth of the steps runs free, and cleans up what the guide cannot see. Where the
-    loss's floor is known (a measurement's noise), it is Polyak's own step to that floor, at most as long as pure noise,
-    to the end. Wants a stochastic solver (DDIM with eta = 1, DDPM).
+    The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, with geometric
+    augmentation and a short time travel; the last fifth of the steps runs free, and cleans up what the guide cannot
+    see. Where the loss's floor is known (a measurement's noise), three Polyak steps at x0 find where to go, one product
+    through the denoiser goes there, over-relaxed by 1.3, to the end; `through_share=0.4` does that at 1.5 instead of
+    two forwards per step. Wants a stochastic solver (DDIM with eta = 1, DDPM).
     """
     known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in as_losses(loss).terms())
+    if known:
+        settings = dict(rule=Shortest((Reach(1.3), Unit(1.0))), toward=Inner(3, PolyakToFloor()))
+    else:
+        settings = dict(
+            rule=NoiseScaled(0.2), augment=Augment.geometric(8), time_travel=TimeTravel(2, 0.25, 0.75), stop=0.8
+        )
     return _build(
         loss,
         strength,
         changes,
-        rule=Shortest((PolyakToFloor(), Unit(1.0))) if known else NoiseScaled(0.2),
-        augment=Augment.geometric(8),
-        time_travel=TimeTravel(2, 0.25, 0.75),
-        stop=1.0 if known else 0.8,
         name="auto",
-        citation="Yang et al. 2024 (DSG, step), arXiv 2402.03201; Shen et al. 2024 (augmentation), arXiv 2403.12404",
+        citation="Polyak 1969 (step to a floor); Yang et al. 2024 (DSG, length of the noise), arXiv 2402.03201; "
+        "Shen et al. 2024 (augmentation), arXiv 2403.12404",
+        **settings,
     )
 
 
@@ -262,7 +268,7 @@ def pigdm(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         strength,
         changes,
         rule=SqrtAlpha(1.0),
-        proximal=Proximal("posterior"),
+        toward=Proximal("posterior"),
         name="pigdm",
         citation="Song et al., Pseudoinverse-Guided Diffusion Models for Inverse Problems, ICLR 2023",
     )
@@ -299,7 +305,7 @@ def diffpir(loss, strength: float = 1.0, weight: float = 7.0, **changes: Any) ->
         strength,
         changes,
         rule=AsNoise(),
-        proximal=Proximal("noise", weight),
+        toward=Proximal("noise", weight),
         through="x0",
         edit="score",
         name="diffpir",
@@ -319,7 +325,7 @@ def ddnm(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         strength,
         changes,
         rule=AsNoise(),
-        proximal=Proximal("infinite"),
+        toward=Proximal("infinite"),
         through="x0",
         edit="score",
         name="ddnm",

@@ -15,7 +15,7 @@ from ..samplers.record import Record
 from ..samplers.solver import Solver
 from ..samplers.time_travel import Visit, visits
 from .gradient import loss_gradient, pulled_back
-from .guidance import Guidance
+from .guidance import Guidance, Inner
 from .particles import Population, reordered
 from .smoothing import smoothed
 from .steps import Signal, norm, per_sample
@@ -49,7 +49,7 @@ class Run:
 
     def needs_graph(self, visit: Visit) -> bool:
         """Whether this visit needs the denoiser's graph from sample to prediction."""
-        return self.guidance.through_denoiser and bool(self._terms(visit.step))
+        return self.guidance.goes_through(visit.step) and bool(self._terms(visit.step))
 
     def _terms(self, step: int) -> list:
         steps = len(self.solver)
@@ -127,7 +127,8 @@ class Run:
         guidance = self.guidance
         self._sources = generators(self._seeds(len(x)), "guidance")
         self._state = None if guidance.rule is None else guidance.rule.init(x)
-        self._inner_state = None if guidance.inner is None else guidance.inner.rule.init(x)
+        inner = guidance.toward if isinstance(guidance.toward, Inner) else guidance.inner
+        self._inner_state = None if inner is None else inner.rule.init(x)
         if guidance.candidates > 1:
             self._population = Population(guidance.particles, guidance.strength, self._sources)
 
@@ -136,7 +137,7 @@ class Run:
         guidance, solver, kind = self.guidance, self.solver, self.solver.kind
         level = solver.levels[step]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        through = guidance.through_denoiser
+        through = guidance.goes_through(step)
         if through and not (prediction.requires_grad and x.requires_grad):
             raise ValueError(
                 "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in "
@@ -158,18 +159,8 @@ class Run:
         row.update(loss=loss, terms=values)
         if not guidance.active:
             return None
-        if guidance.proximal is not None:
-            g0 = -guidance.proximal.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
-        g = g0
-        if through:
-            g = pulled_back(x0, x, g0).to(dtype) * level.stretch.to(dtype)
-        fine = torch.isfinite(loss)
-        if g is not None:
-            fine = fine & torch.isfinite(g).flatten(1).all(1)
-            g = torch.where(per_sample(fine, g, torch.bool), g, 0)
-            row["gradient_norm"] = norm(g).flatten()
         signal = Signal(
-            gradient=g,
+            gradient=g0,
             loss=torch.nan_to_num(loss),
             noise=noise,
             level=self._levels[step],
@@ -177,12 +168,25 @@ class Run:
             floor=_floor(terms, loss),
             levels=self._levels,
             step=step,
-            x0=solver.clipped(place),
+            x0=place,
             drawn=drawn,
         )
-        seen = _Seen(signal, fine)
+        goal = g0
+        if isinstance(guidance.toward, Inner):
+            goal = -self._descent(guidance.toward, signal, terms, blur)
+        elif guidance.toward is not None:
+            goal = -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
+        g = goal
+        if through:
+            g = pulled_back(x0, x, goal).to(dtype) * level.stretch.to(dtype)
+        fine = torch.isfinite(loss)
+        if g is not None:
+            fine = fine & torch.isfinite(g).flatten(1).all(1)
+            g = torch.where(per_sample(fine, g, torch.bool), g, 0)
+            row["gradient_norm"] = norm(g).flatten()
+        seen = _Seen(replace(signal, gradient=g, at_x0=goal, x0=solver.clipped(place)), fine)
         if guidance.inner is not None:
-            seen.displacement = self._inner(place, g0, loss, terms, blur, seen)
+            seen.displacement = self._inner_displacement(signal, terms, blur, seen)
         if self._population is not None:
             self._population.weigh(loss)
             order = self._population.ancestors()
@@ -218,20 +222,23 @@ class Run:
             g = pulled_back(image, leaf, g)
         return g, loss, values
 
-    def _inner(self, x0: torch.Tensor, g: torch.Tensor, loss: torch.Tensor, terms, blur, seen: _Seen) -> torch.Tensor:
-        """How far the inner steps move x0; nothing for a sample where one of them is not finite."""
-        inner, place, signal = self.guidance.inner, x0, seen.signal
+    def _descent(self, inner: Inner, signal: Signal, terms: list, blur: torch.Tensor | None) -> torch.Tensor:
+        """How far inner steps move x0, from the signal's x0 and gradient there."""
+        start = place = signal.x0
         for i in range(inner.iterations):
             if i:
                 g, loss, _ = self._gradient_at(place, terms, blur)
-            signal = replace(signal, gradient=g, loss=torch.nan_to_num(loss), x0=place)
+                signal = replace(signal, gradient=g, loss=torch.nan_to_num(loss), x0=place)
             with torch.no_grad():
                 move, self._inner_state = inner.rule.update(signal, self._inner_state)
-                place = place - self.guidance.strength * torch.where(norm(g) > 0, move, 0)
-        level = signal.level
-        displacement = place - x0
+                place = place - torch.where(norm(signal.gradient) > 0, move, 0)
         if inner.blend:
-            displacement = level.alpha / (level.alpha + level.sigma) * displacement
+            return signal.level.alpha / (signal.level.alpha + signal.level.sigma) * (place - start)
+        return place - start
+
+    def _inner_displacement(self, signal: Signal, terms: list, blur: torch.Tensor | None, seen: _Seen) -> torch.Tensor:
+        """The displacement of x0 by `guidance.inner`; nothing for a sample where it is not finite."""
+        displacement = self.guidance.strength * self._descent(self.guidance.inner, signal, terms, blur)
         fine = torch.isfinite(displacement).flatten(1).all(1)
         seen.fine = seen.fine & fine
         return torch.where(per_sample(fine, displacement, torch.bool), displacement, 0)
@@ -260,15 +267,16 @@ class Run:
         """The solver's step, with the rule's step and the displacement of x0 worked in."""
         guidance, solver, signal = self.guidance, self.solver, seen.signal
         displacement, shift, score = seen.displacement, None, None
+        edit = guidance.edit_at(row["step"])
         wide = after.stretch.to(signal.x0.dtype)
-        late = guidance.rule is not None and guidance.edit == "shift" and solver.keeps_shifts
+        late = guidance.rule is not None and edit == "shift" and solver.keeps_shifts
         if guidance.rule is None:
             self._count(seen.fine, row)
         elif not late:
             move = self._move(signal, seen.fine, row)
-            if guidance.edit == "score":
+            if edit == "score":
                 score = move
-            elif guidance.edit == "mean":
+            elif edit == "mean":
                 displacement = -move if displacement is None else displacement - move
             else:
                 shift = wide * move
@@ -322,7 +330,9 @@ class _Seen:
     order: torch.Tensor | None = None
 
     def reordered(self, order: torch.Tensor, batch: int) -> _Seen:
-        fields = {name: reordered(getattr(self.signal, name), order, batch) for name in ("gradient", "noise", "x0")}
+        fields = {
+            name: reordered(getattr(self.signal, name), order, batch) for name in ("gradient", "noise", "x0", "at_x0")
+        }
         drawn = reordered(self.signal.drawn, order, batch)
         signal = replace(self.signal, loss=self.signal.loss[order.to(self.signal.loss.device)], drawn=drawn, **fields)
         if signal.floor is not None:

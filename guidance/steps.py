@@ -28,6 +28,7 @@ class Signal:
             are told in variance-preserving coordinates, so that a rule means the same to every solver of a model.
         levels, step: all levels of the run, and the index of `level` among them.
         x0: the clean sample predicted, as the solver clips it.
+        at_x0: the gradient at x0, before it was pulled back through the denoiser.
         landed: where the solver's own step lands, or None where the rule has to be asked before it.
         drawn: the noise that was put on the anchor (edit "anchor"), else None.
     """
@@ -41,6 +42,7 @@ class Signal:
     levels: Sequence[Level] = ()
     step: int = 0
     x0: torch.Tensor | None = None
+    at_x0: torch.Tensor | None = None
     landed: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
 
@@ -156,6 +158,23 @@ class PolyakToFloor(StepRule):
         if self.cap is not None:
             length = length.clamp_max(self.cap * signal.gradient[0].numel() ** 0.5)
         return length * unit(signal.gradient), state
+
+
+@dataclass(frozen=True)
+class Reach(StepRule):
+    """`size * ||g_0||^2 / ||g||^2 * g`: as long as it takes to move x0 by `size * g_0`, `g = J^T g_0` pulled back
+    through the denoiser's Jacobian J; `size * g_0` itself where it was not.
+
+    With `g_0` Polyak's step at x0 this is Polyak's step through the denoiser; `g_0` may as well be what several steps,
+    or a proximal point, reach at x0. Sizes from 1 to 2 over-relax (Kaczmarz; Agmon 1954).
+    """
+
+    size: float = 1.0
+
+    def update(self, signal, state):
+        length = norm(signal.gradient)
+        ratio = _over(norm(signal.at_x0), length)
+        return self.size * ratio * norm(signal.at_x0) * unit(signal.gradient), state
 
 
 @dataclass(frozen=True)

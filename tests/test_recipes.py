@@ -205,12 +205,21 @@ def by_hand(name: str) -> tuple[Guidance, torch.Tensor]:
         loss = distance(h.x0)
         guidance = Guidance(distance, rule=PolyakToFloor(target=0.5))
         return guidance, plain - (loss - 0.5) / h.gx.norm() ** 2 * h.gx
+    if name == "auto, floor known":  # three Polyak steps at x0, pulled back, 1.3 times as long as x0 needs
+        x0 = h.x0
+        for _ in range(3):
+            g = h.slope(x0)
+            x0 = x0 - (distance(x0) - 0.1 * 2).clamp_min(0) / g.norm() ** 2 * g
+        goal = h.x0 - x0
+        g = through(lambda z: (goal * z).flatten(1).sum(1), h)
+        return recipes.auto(Measurement(operator, TARGET, 0.1)), plain - 1.3 * goal.norm() ** 2 / g.norm() ** 2 * g
     raise AssertionError(name)
 
 
 BY_HAND = (
     "dps", "shen", "lgd_mc", "freedom", "freedom sqrt-alpha", "universal", "score", "mpgd", "mpgd projected", "tfg",
     "dsg", "adam_dps", "pigdm", "diffpir", "ddnm", "red_diff", "flowchef", "flowdps", "tds", "noise-scaled", "polyak",
+    "auto, floor known",
 )  # fmt: skip
 
 
@@ -262,6 +271,28 @@ def test_corners_of_tfg():
     }  # fmt: skip
     for name, (corner, method) in pairs.items():
         torch.testing.assert_close(library(corner), library(method), rtol=0, atol=1e-12, msg=name)
+
+
+def test_a_share_of_the_steps_goes_through_the_denoiser():
+    calls = []
+
+    def counted(x, t):
+        calls.append(torch.is_grad_enabled() and x.requires_grad)
+        return soft(x, t)
+
+    guided = denoiser(counted, vp_scheduler(), shape=(3, 4, 4))
+    sample(guided, recipes.dps(squares, through_share=0.4), steps=10, seeds=[0])
+    assert calls == [True, False, True, False, False] * 2
+    calls.clear()
+    sample(guided, recipes.dps(squares, through_share=0.25), steps=8, seeds=[0])
+    assert calls == [True, False, False, False] * 2
+    moved = library(recipes.dps(distance, through_share=0.75))  # step 4 lies between: x0 moves, the noise stays
+    h = Hand()
+    assert not recipes.dps(distance, through_share=0.75).goes_through(3)
+    torch.testing.assert_close(moved, h.ddim(h.x0, h.e) - h.gx, rtol=0, atol=1e-10)
+    moved = library(recipes.dps(distance, through_share=0.3))
+    assert not recipes.dps(distance, through_share=0.3).goes_through(STEP)
+    torch.testing.assert_close(moved, h.ddim(h.x0 - h.g0, h.e), rtol=0, atol=1e-10)
 
 
 # ---- every recipe with every solver -----------------------------------------------------------------------------

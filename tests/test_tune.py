@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from lossguide.guidance import recipes
 from lossguide.guidance import tune as tuning
 from lossguide.guidance.cli import main
-from lossguide.guidance.tune import default_space, plot_history, tune, with_settings
+from lossguide.guidance.tune import default_space, tune, with_settings
+from lossguide.guidance.tune_plot import plot_history
 from lossguide.losses import ClassLabel, Color, Measurement, operators
 from lossguide.samplers import TimeTravel, denoiser
 from models import vp_scheduler
