@@ -6,7 +6,11 @@ import importlib
 
 import click
 
-TASKS = {"demo-text": "text guidance of the demo model: every recipe, judged by a network that never guides"}
+TASKS = {
+    "demo-text": "text guidance of the demo model: every recipe, judged by a network that never guides",
+    "methods": "every recipe on ten pairs of a model and a task, at its default strength and at its best",
+    "posteriors": "closed forms: every method that claims a posterior against it, particles against their number",
+}
 
 
 @click.group()
@@ -28,9 +32,11 @@ def list_tasks() -> None:
 @click.option(
     "--only", multiple=True, metavar="RECIPE", help="Only measure these (or unguided), in a process of its own."
 )
-def run(task: str, quick: bool, fresh: bool, only: tuple[str, ...]) -> None:
+@click.option("--work", multiple=True, metavar="NAME", help="methods: only this work, such as real-inpaint.")
+def run(task: str, quick: bool, fresh: bool, only: tuple[str, ...], work: tuple[str, ...]) -> None:
     """Run a task; what is measured already is not measured again."""
-    importlib.import_module(f"benchmarks.{task.replace('-', '_')}").run(quick=quick, fresh=fresh, only=only)
+    more = dict(work=work) if work else {}
+    importlib.import_module(f"benchmarks.{task.replace('-', '_')}").run(quick=quick, fresh=fresh, only=only, **more)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ and settings, is not repeated.
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import statistics
 import time
@@ -24,6 +23,7 @@ from torchvision.utils import make_grid, save_image
 
 from .demo.data import fashion_mnist
 from .metrics import frechet_by_class
+from .rows import Rows
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, PER_CLASS, CHUNK = 50, 32, 8
@@ -107,36 +107,6 @@ def settings_digest(recipe: str | None) -> str | None:
     if recipe is None:
         return None
     return hashlib.sha256(recipes.get(recipe)(ClassLabel(0)).to_json().encode()).hexdigest()[:12]
-
-
-class Rows:
-    """Measured rows in a JSON-lines file, found again by what was run."""
-
-    def __init__(self, path: Path, weights: str, fresh: bool):
-        self.path, self.weights = path, weights
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            path.unlink(missing_ok=True)
-
-    def get(self, **key) -> dict | None:
-        if not self.path.exists():
-            return None
-        rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # torn by a kill; it will be measured again
-        return next(
-            (row for row in rows if row["weights"] == self.weights and all(row.get(k) == v for k, v in key.items())),
-            None,
-        )
-
-    def add(self, row: dict) -> dict:
-        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a") as file:
-            file.write("\n" * torn + json.dumps(row | {"weights": self.weights}) + "\n")
-        return row
 
 
 def weights_digest(model: Denoiser) -> str:

@@ -23,6 +23,7 @@ from .steps import Constant, NoiseScaled, StepRule
 THROUGH = ("denoiser", "x0")
 EDITS = ("shift", "score", "mean", "anchor")
 KEPT = ("noise", "sample")
+REMIXES = ("signal", "ancestral")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class Guidance:
         smoothing: of the loss by noise around x0.
         augment: random augmentation, for the terms that it suits.
         time_travel: repeated visits in a window.
-        remix: replace noise by fresh noise at each step, for deterministic solvers: a share of its variance in [0, 1],
-            or "signal" for the share `a' / (a' + s')` (FlowDPS).
+        remix: replace noise by fresh noise at each step: a share of its variance in [0, 1], or "signal" for the share
+            `a' / (a' + s')` (FlowDPS); "ancestral" makes a deterministic solver as random as an ancestral one, and
+            leaves a random one alone.
         particles: several candidates per picture, of which one is kept.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
         every: act at every n-th step only.
@@ -122,8 +124,8 @@ class Guidance:
             if self.loss is not None and (len(terms) != 1 or not hasattr(terms[0].loss, "residual")):
                 names = ", ".join(term.name for term in terms)
                 raise ValueError(f"{self.name} works with one Measurement of a linear operator, got {names}")
-        if not (self.remix == "signal" or (not isinstance(self.remix, str) and 0 <= self.remix <= 1)):
-            raise ValueError(f'remix is a share in [0, 1] or "signal", got {self.remix!r}')
+        if self.remix not in REMIXES if isinstance(self.remix, str) else not 0 <= self.remix <= 1:
+            raise ValueError(f"remix is a share in [0, 1], or one of {', '.join(REMIXES)}, got {self.remix!r}")
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"a window needs 0 <= start < stop <= 1, got {self.start}, {self.stop}")
         if self.every < 1:

@@ -41,12 +41,15 @@ class Particles:
 
 
 class Population:
-    """The particles of a batch: groups of `settings.count` consecutive samples, their weights, their resampling.
+    """The particles of a batch, their weights, their resampling.
+
+    Of G pictures with N particles each, sample `j * G + i` is the j-th particle of picture i: losses with one target
+    per picture see their pictures in order, N times.
 
     Args:
         settings: what to do.
         strength: factor of the sharpness.
-        sources: one generator per sample; each group draws from that of its first.
+        sources: one generator per sample; each picture's particles draw from that of their first.
     """
 
     def __init__(self, settings: Particles, strength: float, sources: list[torch.Generator]):
@@ -56,28 +59,31 @@ class Population:
             raise ValueError(
                 f"a batch of {len(sources)} samples cannot be cut into groups of {settings.count} particles"
             )
-        self.sources = sources[:: settings.count]
+        self.sources = sources[: len(sources) // settings.count]
         self.log_weights = torch.zeros(len(self.sources), settings.count, dtype=torch.float64)
         self._potential = torch.zeros_like(self.log_weights)
 
     def weigh(self, loss: torch.Tensor) -> None:
         """Take the particles' present losses `(B,)` into their weights, in place of those before; NaN weighs nil."""
-        potential = -self.sharpness * loss.detach().double().cpu().view_as(self.log_weights)
+        potential = -self.sharpness * self._by_picture(loss)
         potential = torch.nan_to_num(potential, nan=-float("inf"), neginf=-1e300, posinf=1e300).clamp_min(-1e300)
         self.log_weights = self.log_weights + potential - self._potential
         self._potential = potential
 
     def correct(self, log_ratio: torch.Tensor) -> None:
         """Add the logarithm `(B,)` of the model's density over the proposal's."""
-        self.log_weights = self.log_weights + log_ratio.detach().double().cpu().view_as(self.log_weights)
+        self.log_weights = self.log_weights + self._by_picture(log_ratio)
+
+    def _by_picture(self, values: torch.Tensor) -> torch.Tensor:
+        return values.detach().double().cpu().view(self.settings.count, -1).T
 
     @property
     def weights(self) -> torch.Tensor:
-        """Normalised weights `(groups, count)`."""
+        """Normalised weights `(pictures, count)`."""
         return torch.softmax(self.log_weights, 1)
 
     def ancestors(self) -> torch.Tensor | None:
-        """Which sample of the batch each goes on from, `(B,)`; None where every group keeps what it has."""
+        """Which sample of the batch each goes on from, `(B,)`; None where every picture keeps what it has."""
         if not self.settings.resample:
             return None
         weights, count = self.weights, self.settings.count
@@ -91,16 +97,16 @@ class Population:
             chosen[group] = torch.searchsorted(weights[group].cumsum(0), places).clamp_max(count - 1)
             self.log_weights[group] = 0.0
             self._potential[group] = self._potential[group][chosen[group]]
-        return (chosen + count * torch.arange(len(chosen))[:, None]).flatten()
+        return (chosen.T * len(chosen) + torch.arange(len(chosen))).flatten()
 
     def chosen(self) -> torch.Tensor:
-        """The sample of each group that is kept, `(groups,)`."""
+        """The sample of each picture that is kept, `(pictures,)`."""
         if self.settings.pick == "best":
             inside = self._potential.argmax(1)
         else:
             drawn = [torch.multinomial(w, 1, generator=source) for w, source in zip(self.weights, self.sources)]
             inside = torch.cat(drawn)
-        return inside + self.settings.count * torch.arange(len(inside))
+        return inside * len(inside) + torch.arange(len(inside))
 
 
 def reordered(state, order: torch.Tensor, batch: int):

@@ -18,7 +18,7 @@ from .gradient import loss_gradient, pulled_back
 from .guidance import Guidance, Inner
 from .particles import Population, reordered
 from .smoothing import smoothed
-from .steps import Signal, norm, per_sample
+from .steps import Signal, norm, per_sample, unit
 
 
 class Run:
@@ -45,6 +45,7 @@ class Run:
         self._inner_state: Any = None
         self._anchor: torch.Tensor | None = None
         self._population: Population | None = None
+        self._draws: bool | None = None
         self._levels = [level.preserving() for level in solver.levels]
 
     def needs_graph(self, visit: Visit) -> bool:
@@ -96,6 +97,8 @@ class Run:
         if seen is not None and seen.order is not None:
             x, prediction = x[seen.order], prediction[seen.order]
             solver.reorder(seen.order, len(x))
+        if guidance.remix == "ancestral" and guidance.active and self._draws is None:
+            solve = self._noticing(solve, level, after)
         before = None if visit.last else solver.remember()
         with torch.no_grad():
             if seen is None:
@@ -105,7 +108,7 @@ class Run:
             else:
                 x_next = self._edited(x, prediction, seen, level, after, row, solve)
             if guidance.remix and guidance.active:
-                x_next = self._remixed(x_next, level.noise(prediction, x, solver.kind), after)
+                x_next = self._remixed(x, x_next, prediction, level, after)
             if not visit.last:
                 noise = randn(tuple(x.shape[1:]), self._sources, like=x_next)
                 x_next = after.renoise(x_next, level, noise)
@@ -308,11 +311,30 @@ class Run:
         noise = randn(tuple(x.shape[1:]), self._sources, like=self._anchor)
         return after.mix(self._anchor, noise).to(x_next.dtype)
 
-    def _remixed(self, x_next: torch.Tensor, noise: torch.Tensor, after: Level) -> torch.Tensor:
+    def _noticing(self, solve: Callable, level: Level, after: Level) -> Callable:
+        """The solver's step, which also notices whether the solver draws noise."""
+
+        def noticing(prediction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            x_next = solve(prediction, x)
+            if bool((level.step_std(after) > 0).all()):
+                # a deterministic solver's first step lands off the ancestral mean along the predicted noise
+                x0 = self.solver.clipped(level.x0(prediction, x, self.solver.kind))
+                noise = level.noise(prediction, x, self.solver.kind)
+                off = x_next - level.ancestral_mean(after, x0, noise)
+                self._draws = bool((unit(off) * unit(noise)).flatten(1).sum(1).mean() < 0.5)
+            return x_next
+
+        return noticing
+
+    def _remixed(self, x, x_next, prediction, level: Level, after: Level) -> torch.Tensor:
         """A share of the predicted noise in `x_next` replaced by fresh noise, its variance kept."""
-        share = self.guidance.remix
+        share, noise = self.guidance.remix, level.noise(prediction, x, self.solver.kind)
         if share == "signal":
             share = after.alpha / (after.alpha + after.sigma)
+        elif share == "ancestral":
+            if self._draws is not False:
+                return x_next
+            share = (level.step_std(after) / after.sigma.clamp_min(1e-20)) ** 2
         share = torch.as_tensor(share, dtype=torch.float64)
         fresh = randn(tuple(x_next.shape[1:]), self._sources, like=x_next)
         change = ((1 - share).clamp_min(0).sqrt() - 1) * noise + share.sqrt() * fresh

@@ -25,7 +25,7 @@ def rand(shape: tuple[int, ...], sources: list[torch.Generator]) -> torch.Tensor
 
 
 def particle_seeds(seeds: list[int], count: int) -> list[int]:
-    """Seeds of `count` particles for each seed, one after the other; the first of each is the seed itself."""
-    return [
-        (int(seed) + j * 0x9E3779B97F4A7C15) & (2**63 - 1) if j else int(seed) for seed in seeds for j in range(count)
-    ]
+    """Seeds of `count` particles for each seed: those of all seeds, then the second ones of all, and so on; the first
+    of each is the seed itself."""
+    apart = 0x9E3779B97F4A7C15
+    return [(int(seed) + j * apart) & (2**63 - 1) if j else int(seed) for j in range(count) for seed in seeds]

@@ -385,6 +385,20 @@ def test_particles_are_kept_apart_and_the_best_is_kept():
     assert values[0].mean() < values[1].mean()
 
 
+def test_particles_follow_their_own_pictures_targets():
+    """Losses with one target per picture: each picture's candidates are held to its own."""
+    target = torch.tensor([0.0, 0.3, 0.6, 0.9])
+
+    def to_target(image):
+        wanted = target.repeat(len(image) // len(target)) if len(image) > 1 else target[:1]
+        return (image.flatten(1).mean(1) - wanted).abs()
+
+    plain = drawn("ddim", None, seeds=(1, 2, 3, 4)).samples / 2 + 0.5
+    for guidance in (recipes.best_of_n(to_target, count=6), recipes.fk_steering(to_target, count=6, sharpness=500.0)):
+        kept = drawn("ddim", guidance, seeds=(1, 2, 3, 4)).samples / 2 + 0.5
+        assert (to_target(kept) <= to_target(plain)).sum() >= 3 and to_target(kept).mean() < to_target(plain).mean()
+
+
 def test_particles_need_no_gradient():
     def rounded(image):
         return (image.round() - 1).abs().mean((1, 2, 3)).detach()
@@ -393,3 +407,25 @@ def test_particles_need_no_gradient():
     for guidance in (recipes.best_of_n(rounded, count=8), recipes.fk_steering(rounded, count=8, sharpness=100.0)):
         kept = drawn("ddim", guidance, seeds=range(8)).samples
         assert rounded(kept / 2 + 0.5).mean() < 0.9 * rounded(plain / 2 + 0.5).mean()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_remixing_makes_deterministic_solvers_random_and_leaves_random_ones_alone(solver):
+    still = recipes.dps(squares, rule=Constant(0.0))
+    plain = drawn(solver, still).samples
+    remixed = drawn(solver, still.replace(remix="ancestral")).samples
+    assert torch.equal(plain, remixed) == (solver in DRAWING)
+
+
+def test_remixed_ddim_without_noise_is_ancestral_in_law():
+    """DDIM with eta = 0 and its noise remixed steps from x to the mean of eta = 1, with fresh noise of its spread."""
+    h, solver = Hand(), Solver.of(vp_scheduler(), 10)
+    guidance = Guidance(distance, rule=Constant(0.0), through="x0", remix="ancestral")
+    run = guidance.begin(solver, identity, [0])
+
+    def solve(prediction, x):
+        return h.a1 * (x - h.s * prediction) / h.a + h.s1 * prediction
+
+    moved = run.step(SAMPLE, model(SAMPLE), run.visits[STEP], solve)
+    fresh = randn(SHAPE, generators([0], "guidance")).double()
+    torch.testing.assert_close(moved, h.ddim(h.x0, h.e, fresh), rtol=0, atol=1e-10)
