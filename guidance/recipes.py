@@ -61,7 +61,10 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         settings = dict(rule=Shortest((Reach(1.3), Unit(1.0))), toward=Inner(3, PolyakToFloor()))
     else:
         settings = dict(
-            rule=NoiseScaled(0.2), augment=Augment.geometric(8), time_travel=TimeTravel(2, 0.25, 0.75), stop=0.8
+            rule=NoiseScaled(0.2, fading=True),
+            augment=Augment.geometric(8),
+            time_travel=TimeTravel(3, 0.25, 0.75),
+            stop=0.8,
         )
     return _build(
         loss,
@@ -95,7 +98,10 @@ def shen(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 
 @_recipe
 def dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
-    """Diffusion posterior sampling: x_{t-1} -= strength * g_x (Chung et al. 2023)."""
+    """Diffusion posterior sampling: x_{t-1} -= strength * g_x (Chung et al. 2023).
+
+    Losses see pictures in [0, 1], where distances are half of the paper's: strength 1 is its zeta of 0.5.
+    """
     return _build(
         loss,
         strength,
@@ -261,7 +267,8 @@ def adam_dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 def pigdm(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """Pseudoinverse-guided: the Gaussian posterior's step at x0, pulled back through the denoiser (Song et al. 2023).
 
-    For one `Measurement` by a linear operator.
+    For one `Measurement` by a linear operator. The published weight does not shrink with the step: the more steps, the
+    surer it is of the measurement.
     """
     return _build(
         loss,
@@ -278,8 +285,8 @@ def pigdm(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 def red_diff(loss, strength: float = 1.0, weight: float = 0.25, **changes: Any) -> Guidance:
     """RED-diff: optimises a clean picture by Adam, the denoiser's residual its regulariser (Mardani et al. 2024).
 
-    `strength` scales Adam's learning rate, 0.1 at 1 (published: 0.1 to 0.5, 100 steps). The loss is a distance; its
-    half square is optimised.
+    `strength` scales Adam's learning rate, 0.1 at 1 (published: 0.1 to 0.5, 100 steps). The loss is a distance, whose
+    half square is optimised; in pictures in [0, 1] that is a quarter of the paper's, so that `weight` weighs more.
     """
     return _build(
         loss,
@@ -295,10 +302,11 @@ def red_diff(loss, strength: float = 1.0, weight: float = 0.25, **changes: Any) 
 
 
 @_recipe
-def diffpir(loss, strength: float = 1.0, weight: float = 7.0, **changes: Any) -> Guidance:
+def diffpir(loss, strength: float = 1.0, weight: float = 1.75, **changes: Any) -> Guidance:
     """DiffPIR: x0 goes to the proximal point of the measurement, the noise follows; no gradient (Zhu et al. 2023).
 
-    For one `Measurement` by a linear operator. `weight` is the paper's lambda.
+    For one `Measurement` by a linear operator. `weight` is lambda for samples in [-1, 1]: a quarter of the released
+    code's 7, which counts x0 in [0, 1] and its uncertainty in [-1, 1].
     """
     return _build(
         loss,
@@ -404,7 +412,7 @@ def fk_steering(loss, strength: float = 1.0, count: int = 4, sharpness: float = 
 def tds(loss, strength: float = 1.0, count: int = 4, sharpness: float = 10.0, **changes: Any) -> Guidance:
     """Twisted diffusion sampler: particles moved by the gradient, weighed so that the law stays exact (Wu et al. 2023).
 
-    Needs a solver that draws noise (DDPM, DDIM with eta=1).
+    Needs an ancestral solver (DDIM with eta=1, DDPM, Euler ancestral), and for a sharp loss many particles.
     """
     return _build(
         loss,

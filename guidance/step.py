@@ -156,7 +156,7 @@ class Run:
             place = self._anchor
             drawn = level.noise(place, sample, "sample")
         blur = None
-        if guidance.smoothing is not None and guidance.needs_gradient:
+        if guidance.smoothing is not None and guidance.active:
             blur = guidance.smoothing.draw(tuple(x.shape[1:]), self._sources, level, place)
         g0, loss, values = self._gradient_at(place, terms, blur)
         row.update(loss=loss, terms=values)
@@ -273,6 +273,9 @@ class Run:
         edit = guidance.edit_at(row["step"])
         wide = after.stretch.to(signal.x0.dtype)
         late = guidance.rule is not None and edit == "shift" and solver.keeps_shifts
+        twisted = self._population is not None and guidance.particles.twisted
+        if twisted and not late:
+            raise _not_ancestral()
         if guidance.rule is None:
             self._count(seen.fine, row)
         elif not late:
@@ -297,7 +300,7 @@ class Run:
         if late:
             signal = replace(signal, landed=x_next.to(signal.x0.dtype) / wide)
             move = self._move(signal, seen.fine, row)
-            if self._population is not None and guidance.particles.twisted:
+            if twisted:
                 self._population.correct(_log_ratio(signal, move))
             shift = _sum(shift, wide * move)
         if shift is not None:
@@ -374,7 +377,18 @@ def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
     if not bool((variance > 0).all()):
         return torch.zeros(len(move), dtype=torch.float64)
     drawn = signal.landed - signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
+    spread = (drawn.square().mean() / variance).item()  # one, for noise of that variance around that mean
+    round_off = ((1e-5 * signal.landed.abs().amax()) ** 2 / variance).item()
+    if abs(spread - 1) > 0.05 + 6 * (2 / drawn.numel()) ** 0.5 + round_off:
+        raise _not_ancestral()
     return ((2 * drawn - move) * move / (2 * variance)).double().flatten(1).sum(1)
+
+
+def _not_ancestral() -> ValueError:
+    return ValueError(
+        "twisted particles are weighed by the law of an ancestral step, and this solver's is another: choose DDIM with "
+        "eta=1, DDPM or Euler ancestral"
+    )
 
 
 def _residual(terms: list, image: torch.Tensor) -> tuple[torch.Tensor, float]:

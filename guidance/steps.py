@@ -183,12 +183,20 @@ class NoiseScaled(StepRule):
 
     As long as the sampler's own noise, whatever the loss's scale: the radius of DSG (Yang et al. 2024), without its
     mixing.
+
+    Args:
+        k: the share of the noise's length.
+        fading: times `s_t`: the loss has fallen to its plateau long before the end, and steps of full length would then
+            only push details.
     """
 
     k: float = 0.2
+    fading: bool = False
 
     def update(self, signal, state):
         radius = self.k * signal.gradient[0].numel() ** 0.5 * signal.level.step_std(signal.next_level)
+        if self.fading:
+            radius = radius * signal.level.sigma
         return radius * unit(signal.gradient), state
 
 

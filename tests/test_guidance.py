@@ -406,7 +406,8 @@ def test_gradients_survive_half_precision():
 
 
 def test_time_travel_only_where_a_loss_acts(tiny):
-    record = sample(tiny, recipes.auto(squares, start=0.6), steps=20, seeds=[0]).record
+    guidance = recipes.auto(squares, start=0.6, time_travel=TimeTravel(2, 0.25, 0.75))
+    record = sample(tiny, guidance, steps=20, seeds=[0]).record
     assert len(record.rows) == 20 + 3 and len(record.guided) == 4 + 3
 
 

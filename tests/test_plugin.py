@@ -6,8 +6,13 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler
 from lossguide.guidance import guide, recipes
-from lossguide.samplers import denoiser, sample
+from lossguide.samplers import TimeTravel, denoiser, sample
 from models import tiny_stable_diffusion, tiny_unet, vp_scheduler
+
+
+def auto(loss, **changes):
+    """The default, with a time travel of two visits."""
+    return recipes.auto(loss, time_travel=TimeTravel(2, 0.25, 0.75), **changes)
 
 
 def squares(image):
@@ -70,7 +75,7 @@ def state(pipe):
 def test_strength_zero_or_no_loss_is_bitwise_the_plain_call(stock):
     pipe, options = stock
     plain = images(pipe, options, 1, 2)
-    for guidance in (recipes.auto(squares, strength=0.0), recipes.auto(None)):
+    for guidance in (auto(squares, strength=0.0), auto(None)):
         assert torch.equal(images(guide(pipe, guidance), options, 1, 2), plain)
 
 
@@ -90,7 +95,7 @@ def test_the_pipeline_is_left_as_found_also_after_an_exception(stock):
     pipe, options = stock
     pipe(**options)  # a pipeline's first call sets attributes of its own
     before = state(pipe)
-    guide(pipe, recipes.auto(squares))(**options)
+    guide(pipe, auto(squares))(**options)
     assert state(pipe) == before
     calls = []
 
@@ -101,13 +106,13 @@ def test_the_pipeline_is_left_as_found_also_after_an_exception(stock):
         return squares(image)
 
     with pytest.raises(KeyboardInterrupt):
-        guide(pipe, recipes.auto(fails))(**options)
+        guide(pipe, auto(fails))(**options)
     assert state(pipe) == before
 
 
 def test_a_batch_of_two_is_two_singles(stock):
     pipe, options = stock
-    guided = guide(pipe, recipes.auto(squares))
+    guided = guide(pipe, auto(squares))
     together = images(guided, options, 1, 2)
     for i in range(2):
         one = {k: ([v[i]] if k == "prompt" else 1 if k == "batch_size" else v) for k, v in options.items()}
@@ -122,14 +127,14 @@ def test_no_second_call_of_the_denoiser(stock):
     guided(**options)
     handle.remove()
     assert len(calls) == 10 == len(guided.record.rows)
-    travelled = guide(pipe, recipes.auto(squares))
+    travelled = guide(pipe, auto(squares))
     travelled(**options)
     assert len(travelled.record.rows) == 15
 
 
 def test_the_plugin_and_the_librarys_own_loop_take_the_same_steps():
     pipe, options = ddim()
-    guidance = recipes.auto(squares)
+    guidance = auto(squares)
     own = sample(denoiser(pipe.unet, pipe.scheduler), guidance, steps=10, seeds=[1, 2]).images
     plugged = images(guide(pipe, guidance), dict(options, num_inference_steps=10, output_type="pt"), 1, 2)
     torch.testing.assert_close(own, plugged, rtol=0, atol=1e-5)
@@ -138,8 +143,8 @@ def test_the_plugin_and_the_librarys_own_loop_take_the_same_steps():
 def test_two_guided_pipelines_do_not_disturb_each_other(stock):
     pipe, options = stock
     bright, dark = (
-        guide(pipe, recipes.auto(squares)),
-        guide(pipe, recipes.auto(lambda image: image.square().mean((1, 2, 3)))),
+        guide(pipe, auto(squares)),
+        guide(pipe, auto(lambda image: image.square().mean((1, 2, 3)))),
     )
     first = images(bright, options, 1, 2)
     images(dark, options, 1, 2)
@@ -148,7 +153,7 @@ def test_two_guided_pipelines_do_not_disturb_each_other(stock):
 
 def test_pictures_and_tuples_come_back_as_the_pipeline_gives_them():
     pipe, options = ddim()
-    guided = guide(pipe, recipes.auto(squares))
+    guided = guide(pipe, auto(squares))
     assert guided(**options, num_inference_steps=3).images[0].size == (8, 8)
     plain = guided(**options, num_inference_steps=3, return_dict=False)
     assert isinstance(plain, tuple) and len(guided.record.rows) == 5
@@ -164,7 +169,7 @@ def test_classifier_free_guidance_and_callbacks_stay(stock):
         seen.append(tensors["latents"].shape)
         return {"latents": tensors["latents"] * 1.0}
 
-    guided = guide(pipe, recipes.auto(squares))
+    guided = guide(pipe, auto(squares))
     low = guided(**options, guidance_scale=1.0, generator=generators(1, 2)).images
     high = guided(**options, guidance_scale=9.0, generator=generators(1, 2), callback_on_step_end=callback).images
     assert len(seen) == 15 and not torch.equal(low, high)
@@ -173,7 +178,7 @@ def test_classifier_free_guidance_and_callbacks_stay(stock):
 def test_what_cannot_be_guided_is_told():
     pipe, _ = ddim()
     with pytest.raises(TypeError, match="no scheduler"):
-        guide(object(), recipes.auto(squares))
+        guide(object(), auto(squares))
     with pytest.raises(TypeError, match="recipes.auto"):
         guide(pipe, squares)
 
@@ -187,20 +192,20 @@ def test_pipelines_that_start_in_the_middle_are_told_and_left_as_found():
     pipe(**options)
     before = state(pipe)
     with pytest.raises(ValueError, match="starts in the middle"):
-        guide(pipe, recipes.auto(squares))(**options)
+        guide(pipe, auto(squares))(**options)
     assert state(pipe) == before
 
 
 def test_the_callers_latents_are_not_touched():
     pipe, options = stable_diffusion()
     latents = torch.randn(2, 4, 8, 8)
-    guide(pipe, recipes.auto(squares))(**options, latents=latents, num_inference_steps=3)
+    guide(pipe, auto(squares))(**options, latents=latents, num_inference_steps=3)
     assert not latents.requires_grad
 
 
 def test_generators_given_by_position_count_too():
     pipe, _ = ddpm()
-    guided = guide(pipe, recipes.auto(squares))
+    guided = guide(pipe, auto(squares))
     by_name = guided(batch_size=2, generator=generators(1, 2), num_inference_steps=5, output_type="pt").images
     torch.manual_seed(99)
     by_place = guided(2, generators(1, 2), 5, "pt").images
