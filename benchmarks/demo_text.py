@@ -23,7 +23,7 @@ from torchvision.utils import make_grid, save_image
 
 from .demo.data import fashion_mnist
 from .metrics import frechet_by_class
-from .rows import Rows
+from .rows import Rows, digest_of
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, PER_CLASS, CHUNK = 50, 32, 8
@@ -104,9 +104,7 @@ def bare_forward(model: Denoiser, pictures: int) -> float:
 
 def settings_digest(recipe: str | None) -> str | None:
     """A short digest of a recipe's settings, so that rows of other settings are not mixed in."""
-    if recipe is None:
-        return None
-    return hashlib.sha256(recipes.get(recipe)(ClassLabel(0)).to_json().encode()).hexdigest()[:12]
+    return None if recipe is None else digest_of(recipes.get(recipe)(ClassLabel(0)))
 
 
 def weights_digest(model: Denoiser) -> str:

@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 from lossguide.guidance import recipes
-from lossguide.guidance.guidance import Guidance
 from lossguide.losses import Measurement, operators
 from lossguide.samplers import Denoiser, sample
 from lossguide.samplers.plain import plain
 
 from . import methods_report, work_demo, work_look, work_restore
 from .grids import ETA, LONG, MOST, ORDER, beyond, grid, suits
-from .rows import Rows
+from .rows import Rows, digest_of
 from .work import Pictures, Work
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,15 +98,7 @@ def settings_digest(recipe: str, change: dict, work: Work) -> str:
     stand_in = lambda image: image.flatten(1).sum(1)
     if work.linear:
         stand_in = Measurement(operators.SuperResolution(1), torch.zeros(3, 2, 2), 0.1)
-    settings = told(recipes.get(recipe)(stand_in, **change))
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def told(guidance: Guidance) -> dict:
-    """Settings as plain data, but those that are left alone, so that the digests outlive a new field of Guidance."""
-    fields = [field for field in dataclasses.fields(guidance) if field.name not in ("loss", "citation")]
-    values = {field.name: getattr(guidance, field.name) for field in fields}
-    return {f.name: plain(values[f.name]) for f in fields if f.name == "rule" or values[f.name] != f.default}
+    return digest_of(recipes.get(recipe)(stand_in, **change))
 
 
 @torch.no_grad()

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lossguide.guidance import Guidance
+from lossguide.samplers.plain import plain
+
+
+def digest_of(guidance: Guidance) -> str:
+    """A short digest of a guidance's settings but its loss, so that rows of other settings are not mixed in.
+
+    Fields that are left alone do not count, so that the digest outlives a new field of Guidance.
+    """
+    fields = [field for field in dataclasses.fields(guidance) if field.name not in ("loss", "citation")]
+    values = {field.name: getattr(guidance, field.name) for field in fields}
+    settings = {f.name: plain(values[f.name]) for f in fields if f.name == "rule" or values[f.name] != f.default}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Rows:

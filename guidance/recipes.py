@@ -63,7 +63,7 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
         settings = dict(
             rule=NoiseScaled(0.2, fading=True),
             augment=Augment.geometric(8),
-            time_travel=TimeTravel(3, 0.25, 0.75),
+            time_travel=TimeTravel(4, 0.25, 0.75),
             stop=0.8,
         )
     return _build(
