@@ -165,7 +165,7 @@ def _flowdps(p: Step):
     for _ in range(3):
         x0 = x0 + FLOWDPS_SIZE * p.problem.h.T @ p.residual(x0) / p.distance(x0)
     share = p.after.alpha / (p.after.alpha + p.after.sigma)
-    x0 = p.x0 + p.a / (p.a + p.s) * (x0 - p.x0)
+    x0 = p.x0 + p.s / (p.a + p.s) * (x0 - p.x0)
     return p.after.alpha * x0 + p.after.sigma * (1 - share).sqrt() * p.noise, p.after.sigma * share.sqrt()
 
 
@@ -258,7 +258,7 @@ METHODS = {
         lambda w: recipes.red_diff(w.measurement()),
     ),
     "flowdps": Method(
-        "a point near y; the hidden part too sure, as noise put anew is not the flow's",
+        "short of y, the less the more steps; the hidden part too sure, as noise put anew is not the flow's",
         lambda w: recipes.flowdps(w.measurement(), size=FLOWDPS_SIZE),
         _flowdps,
         flow=True,

@@ -20,6 +20,7 @@ from .cli_model import PipelineModel, PixelModel, find_device, load_model
 from .contact_sheet import Block, contact_sheet
 from .gradient import loss_gradient
 from .guidance import Guidance
+from .steps import UnsuitableSolver
 from .tune import with_settings
 
 
@@ -47,7 +48,10 @@ BAD = (ValueError, LookupError, OSError)
 
 def _tuned(path: Path) -> dict[str, Any]:
     """The settings in a file that `lossguide tune` wrote."""
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        found = None
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise ValueError(f"'{path}' is not what `lossguide tune` writes: it has no settings")
     return found["settings"]
@@ -102,7 +106,7 @@ class Job:
             return self.model.draw(
                 guidance, self.seeds, self.run["steps"], self.batch_size, prompt, progress=not self.run["quiet"]
             )
-        except FloatingPointError as error:
+        except (FloatingPointError, UnsuitableSolver) as error:
             raise Problem(str(error)) from error
         except (MemoryError, RuntimeError) as error:
             self._out_of_memory(error)

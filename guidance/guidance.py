@@ -35,7 +35,7 @@ class Inner:
         rule: how far each goes, seeing the gradient at the x0 reached so far.
         keep: what stays where x0 moves: the "noise" predicted, so that the sample moves along (MPGD, TFG), or the
             "sample", so that the noise makes up for it (UGD's backward guidance).
-        blend: the share of the way that counts is the signal's, `a / (a + s)` (FlowDPS); else all of it.
+        blend: the share of the way that counts is the noise's, `s / (a + s)` (FlowDPS); else all of it.
     """
 
     iterations: int = 4
@@ -73,9 +73,9 @@ class Guidance:
         smoothing: of the loss by noise around x0.
         augment: random augmentation, for the terms that it suits.
         time_travel: repeated visits in a window.
-        remix: replace noise by fresh noise at each step: a share of its variance in [0, 1], or "signal" for the share
-            `a' / (a' + s')` (FlowDPS); "ancestral" makes a deterministic solver as random as an ancestral one, and
-            leaves a random one alone.
+        remix: makes a deterministic solver random, and leaves a random one alone: at each step fresh noise takes the
+            place of a share in [0, 1] of the noise's variance; "signal" for the share `a' / (a' + s')` (FlowDPS),
+            "ancestral" for as much as an ancestral solver draws.
         particles: several candidates per picture, of which one is kept.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
         every: act at every n-th step only.
@@ -119,6 +119,17 @@ class Guidance:
             raise ValueError(
                 'edit="anchor" needs a rule and through="x0", and knows no inner steps, projection or goal (toward)'
             )
+        if self.rule is None and (self.toward is not None or (self.inner is None and self.particles is None)):
+            raise ValueError("without a rule there must be inner steps or particles, and nothing to go toward")
+        if self.project is not None and self.edit != "mean" and self.inner is None:
+            raise ValueError('project acts where x0 is moved: with edit="mean" or inner steps')
+        if self.through_share < 1 and self.edit == "score":
+            raise ValueError('through_share below 1 needs edit="shift" or "mean"')
+        plain_steps = self.rule and self.edit == "shift" and self.through_share == 1 and not (self.inner or self.remix)
+        if self.particles is not None and self.particles.twisted and not plain_steps:
+            raise ValueError(
+                'twisted particles need a rule with edit="shift" at every step, without inner steps or remixed noise'
+            )
         if isinstance(self.toward, Proximal):
             terms = () if self.loss is None else self.loss.terms()
             if self.loss is not None and (len(terms) != 1 or not hasattr(terms[0].loss, "residual")):
@@ -157,7 +168,8 @@ class Guidance:
         return "mean" if between else self.edit
 
     def _between(self, step: int) -> bool:
-        return math.ceil((step + 1) * self.through_share) == math.ceil(step * self.through_share)
+        acting = step // self.every
+        return math.ceil((acting + 1) * self.through_share) == math.ceil(acting * self.through_share)
 
     @property
     def candidates(self) -> int:

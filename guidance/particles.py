@@ -72,7 +72,7 @@ class Population:
 
     def correct(self, log_ratio: torch.Tensor) -> None:
         """Add the logarithm `(B,)` of the model's density over the proposal's."""
-        self.log_weights = self.log_weights + self._by_picture(log_ratio)
+        self.log_weights = self.log_weights + torch.nan_to_num(self._by_picture(log_ratio), 0.0, 1e300, -1e300)
 
     def _by_picture(self, values: torch.Tensor) -> torch.Tensor:
         return values.detach().double().cpu().view(self.settings.count, -1).T

@@ -21,6 +21,7 @@ from ..samplers.denoiser import as_picture, frozen
 from ..samplers.record import Record
 from ..samplers.solver import Solver
 from .guidance import Guidance
+from .proximal import Proximal
 from .step import Run
 
 
@@ -85,6 +86,8 @@ def guide(pipe, guidance: Guidance, *, decode: Callable[[torch.Tensor], torch.Te
     scheduler = getattr(pipe, "scheduler", None)
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise TypeError(f"{type(pipe).__name__} cannot be guided: it has no scheduler with set_timesteps and step")
+    if isinstance(guidance, Guidance) and isinstance(guidance.toward, Proximal) and hasattr(pipe, "vae"):
+        raise TypeError(f"{guidance.name} needs a pixel model: through a VAE no measurement is linear")
     if isinstance(guidance, Guidance) and guidance.candidates > 1:
         raise TypeError(f"{guidance.name} draws particles, which pipelines cannot; use sample(denoiser(...), guidance)")
     if not isinstance(guidance, Guidance):

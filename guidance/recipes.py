@@ -241,9 +241,9 @@ def dsg(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     2024)."""
     return _build(
         loss,
-        1.0 if strength else 0.0,
+        strength,
         changes,
-        rule=Spherical(min(1.0, 0.1 * strength)),
+        rule=Spherical(0.1),
         name="dsg",
         citation="Yang et al., Guidance with Spherical Gaussian Constraint for Conditional Diffusion, "
         "ICML 2024, arXiv 2402.03201",
@@ -361,6 +361,8 @@ def flowchef(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 def flowdps(loss, strength: float = 1.0, size: float = 15.0, inner: int = 3, **changes: Any) -> Guidance:
     """FlowDPS: inner steps on x0, blended by the level, and noise mixed anew; made for flow models (Kim et al. 2025).
 
+    For deterministic solvers; one that draws noise keeps its own.
+
     `size` is that of the inner gradient steps on a distance, 15 to 30 as published for latents of 96 x 96 x 16.
     """
     return _build(
@@ -394,7 +396,10 @@ def best_of_n(loss, strength: float = 1.0, count: int = 4, **changes: Any) -> Gu
 
 @_recipe
 def fk_steering(loss, strength: float = 1.0, count: int = 4, sharpness: float = 10.0, **changes: Any) -> Guidance:
-    """Feynman-Kac steering: particles are resampled by how the loss falls; needs no gradient (Singhal et al. 2025)."""
+    """Feynman-Kac steering: particles are resampled by how the loss falls; needs no gradient (Singhal et al. 2025).
+
+    Wants a solver that draws noise, so that copies part again.
+    """
     return _build(
         loss,
         strength,

@@ -18,7 +18,7 @@ from .gradient import loss_gradient, pulled_back
 from .guidance import Guidance, Inner
 from .particles import Population, reordered
 from .smoothing import smoothed
-from .steps import Signal, norm, per_sample, unit
+from .steps import Signal, UnsuitableSolver, norm, per_sample, unit
 
 
 class Run:
@@ -43,6 +43,7 @@ class Run:
         self._sources: list[torch.Generator] | None = None
         self._state: Any = None
         self._inner_state: Any = None
+        self._toward_state: Any = None
         self._anchor: torch.Tensor | None = None
         self._population: Population | None = None
         self._draws: bool | None = None
@@ -97,8 +98,9 @@ class Run:
         if seen is not None and seen.order is not None:
             x, prediction = x[seen.order], prediction[seen.order]
             solver.reorder(seen.order, len(x))
-        if guidance.remix == "ancestral" and guidance.active and self._draws is None:
-            solve = self._noticing(solve, level, after)
+            self.record.keep(seen.order, row)
+        if guidance.remix and guidance.active:
+            solve = self._remixing(solve, level, after)
         before = None if visit.last else solver.remember()
         with torch.no_grad():
             if seen is None:
@@ -107,8 +109,6 @@ class Run:
                 x_next = self._anchored(x, prediction, seen, after, row, solve)
             else:
                 x_next = self._edited(x, prediction, seen, level, after, row, solve)
-            if guidance.remix and guidance.active:
-                x_next = self._remixed(x, x_next, prediction, level, after)
             if not visit.last:
                 noise = randn(tuple(x.shape[1:]), self._sources, like=x_next)
                 x_next = after.renoise(x_next, level, noise)
@@ -130,8 +130,14 @@ class Run:
         guidance = self.guidance
         self._sources = generators(self._seeds(len(x)), "guidance")
         self._state = None if guidance.rule is None else guidance.rule.init(x)
-        inner = guidance.toward if isinstance(guidance.toward, Inner) else guidance.inner
-        self._inner_state = None if inner is None else inner.rule.init(x)
+        self._inner_state = None if guidance.inner is None else guidance.inner.rule.init(x)
+        self._toward_state = guidance.toward.rule.init(x) if isinstance(guidance.toward, Inner) else None
+        if guidance.remix and guidance.active and not self.solver.keeps_shifts:
+            name = type(self.solver.scheduler).__name__
+            raise UnsuitableSolver(
+                f"remixing noise needs a solver that starts from the sample it is given, which {name} does not",
+                "Euler, DDIM or DPM-Solver++",
+            )
         if guidance.candidates > 1:
             self._population = Population(guidance.particles, guidance.strength, self._sources)
 
@@ -152,7 +158,8 @@ class Run:
         sample, place, drawn = x.detach().to(dtype), x0.detach(), None
         noise = level.noise(prediction.detach().to(dtype), sample, kind)
         if guidance.edit == "anchor" and guidance.active:
-            self._anchor = torch.zeros_like(place) if self._anchor is None else self._anchor
+            if self._anchor is None:
+                self._anchor = torch.zeros_like(place) if step == 0 else place
             place = self._anchor
             drawn = level.noise(place, sample, "sample")
         blur = None
@@ -171,18 +178,19 @@ class Run:
             floor=_floor(terms, loss),
             levels=self._levels,
             step=step,
+            strength=guidance.strength,
             x0=place,
             drawn=drawn,
         )
-        goal = g0
+        goal, fine = g0, torch.isfinite(loss)
         if isinstance(guidance.toward, Inner):
-            goal = -self._descent(guidance.toward, signal, terms, blur)
+            goal, self._toward_state, sound = self._descent(guidance.toward, self._toward_state, signal, terms, blur)
+            goal, fine = -goal, fine & sound
         elif guidance.toward is not None:
             goal = -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
         g = goal
         if through:
             g = pulled_back(x0, x, goal).to(dtype) * level.stretch.to(dtype)
-        fine = torch.isfinite(loss)
         if g is not None:
             fine = fine & torch.isfinite(g).flatten(1).all(1)
             g = torch.where(per_sample(fine, g, torch.bool), g, 0)
@@ -198,6 +206,7 @@ class Run:
                 seen = seen.reordered(order, batch)
                 self._state = reordered(self._state, order, batch)
                 self._inner_state = reordered(self._inner_state, order, batch)
+                self._toward_state = reordered(self._toward_state, order, batch)
                 self._anchor = reordered(self._anchor, order, batch)
         return seen
 
@@ -225,24 +234,33 @@ class Run:
             g = pulled_back(image, leaf, g)
         return g, loss, values
 
-    def _descent(self, inner: Inner, signal: Signal, terms: list, blur: torch.Tensor | None) -> torch.Tensor:
-        """How far inner steps move x0, from the signal's x0 and gradient there."""
+    def _descent(self, inner: Inner, state: Any, signal: Signal, terms: list, blur: torch.Tensor | None):
+        """How far inner steps move x0, from the signal's x0 and gradient there; the rule's state after them; and for
+        which samples `(B,)` every gradient was finite."""
         start = place = signal.x0
+        sound = torch.ones(len(place), dtype=torch.bool, device=place.device)
         for i in range(inner.iterations):
             if i:
                 g, loss, _ = self._gradient_at(place, terms, blur)
                 signal = replace(signal, gradient=g, loss=torch.nan_to_num(loss), x0=place)
+            fine = torch.isfinite(signal.gradient).flatten(1).all(1)
+            sound = sound & fine
+            g = torch.where(per_sample(fine, place, torch.bool), signal.gradient, 0)
             with torch.no_grad():
-                move, self._inner_state = inner.rule.update(signal, self._inner_state)
-                place = place - torch.where(norm(signal.gradient) > 0, move, 0)
+                move, state = inner.rule.update(replace(signal, gradient=g), state)
+                place = place - torch.where(norm(g) > 0, move, 0)
+        fine = sound
         if inner.blend:
-            return signal.level.alpha / (signal.level.alpha + signal.level.sigma) * (place - start)
-        return place - start
+            level = signal.level
+            return level.sigma / (level.alpha + level.sigma) * (place - start), state, fine
+        return place - start, state, fine
 
     def _inner_displacement(self, signal: Signal, terms: list, blur: torch.Tensor | None, seen: _Seen) -> torch.Tensor:
         """The displacement of x0 by `guidance.inner`; nothing for a sample where it is not finite."""
-        displacement = self.guidance.strength * self._descent(self.guidance.inner, signal, terms, blur)
-        fine = torch.isfinite(displacement).flatten(1).all(1)
+        found = self._descent(self.guidance.inner, self._inner_state, signal, terms, blur)
+        displacement, self._inner_state, sound = found
+        displacement = self.guidance.strength * displacement
+        fine = sound & torch.isfinite(displacement).flatten(1).all(1)
         seen.fine = seen.fine & fine
         return torch.where(per_sample(fine, displacement, torch.bool), displacement, 0)
 
@@ -250,7 +268,8 @@ class Run:
         """The rule's step to subtract, `(B, ...)`; zero for a sample whose gradient is zero or not finite."""
         guidance = self.guidance
         move, self._state = guidance.rule.update(signal, self._state)
-        move = guidance.strength * move
+        if not guidance.rule.scales_itself:
+            move = guidance.strength * move
         fine = fine & torch.isfinite(move).flatten(1).all(1)
         wanted = per_sample(fine, move, torch.bool) & ((norm(signal.gradient) > 0) | (guidance.edit == "anchor"))
         move = torch.where(wanted, move, 0)
@@ -287,7 +306,10 @@ class Run:
             else:
                 shift = wide * move
         if guidance.project is not None and displacement is not None:
-            displacement = guidance.project(signal.x0 + displacement) - signal.x0
+            moved = (displacement != 0).flatten(1).any(1)
+            projected = guidance.project(signal.x0 + displacement) - signal.x0
+            moved = moved & torch.isfinite(projected).flatten(1).all(1)
+            displacement = torch.where(per_sample(moved, projected, torch.bool), projected, 0)
         if displacement is not None and guidance.inner is not None and guidance.inner.keep == "sample":
             score = _sum(score, -level.alpha / level.sigma.clamp_min(1e-20) * displacement)
         elif displacement is not None:
@@ -311,37 +333,38 @@ class Run:
         """The anchor takes the rule's step, and fresh noise makes of it a sample of the next level."""
         self._anchor = self._anchor - self._move(seen.signal, seen.fine, row)
         x_next = solve(prediction, x)  # only so that the solver counts its steps
+        if row["step"] == len(self.solver) - 1:
+            return self._anchor.to(x_next.dtype)
         noise = randn(tuple(x.shape[1:]), self._sources, like=self._anchor)
         return after.mix(self._anchor, noise).to(x_next.dtype)
 
-    def _noticing(self, solve: Callable, level: Level, after: Level) -> Callable:
-        """The solver's step, which also notices whether the solver draws noise."""
+    def _remixing(self, solve: Callable, level: Level, after: Level) -> Callable:
+        """The solver's step, with a share of the predicted noise in it replaced by fresh noise, its variance kept; a
+        solver that draws noise itself is left alone."""
+        kind, solver, share = self.solver.kind, self.solver, self.guidance.remix
 
-        def noticing(prediction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def remixing(prediction: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             x_next = solve(prediction, x)
-            if bool((level.step_std(after) > 0).all()):
+            fine = x.to(torch.promote_types(x.dtype, torch.float32))
+            exact = prediction.to(fine.dtype)
+            noise, std = level.noise(exact, fine, kind), level.step_std(after)
+            if self._draws is None and bool((std > 0).all()):
                 # a deterministic solver's first step lands off the ancestral mean along the predicted noise
-                x0 = self.solver.clipped(level.x0(prediction, x, self.solver.kind))
-                noise = level.noise(prediction, x, self.solver.kind)
-                off = x_next - level.ancestral_mean(after, x0, noise)
-                self._draws = bool((unit(off) * unit(noise)).flatten(1).sum(1).mean() < 0.5)
-            return x_next
-
-        return noticing
-
-    def _remixed(self, x, x_next, prediction, level: Level, after: Level) -> torch.Tensor:
-        """A share of the predicted noise in `x_next` replaced by fresh noise, its variance kept."""
-        share, noise = self.guidance.remix, level.noise(prediction, x, self.solver.kind)
-        if share == "signal":
-            share = after.alpha / (after.alpha + after.sigma)
-        elif share == "ancestral":
+                off = x_next - level.ancestral_mean(after, solver.clipped(level.x0(exact, fine, kind)), noise)
+                self._draws = bool((unit(off) * unit(noise)).flatten(1).sum(1).nanmedian() < 0.5)
             if self._draws is not False:
                 return x_next
-            share = (level.step_std(after) / after.sigma.clamp_min(1e-20)) ** 2
-        share = torch.as_tensor(share, dtype=torch.float64)
-        fresh = randn(tuple(x_next.shape[1:]), self._sources, like=x_next)
-        change = ((1 - share).clamp_min(0).sqrt() - 1) * noise + share.sqrt() * fresh
-        return (x_next + after.sigma * change).to(x_next.dtype)
+            part = share
+            if share == "signal":
+                part = after.alpha / (after.alpha + after.sigma)
+            elif share == "ancestral":
+                part = (std / after.sigma.clamp_min(1e-20)) ** 2
+            part = torch.as_tensor(part, dtype=torch.float64)
+            fresh = randn(tuple(x.shape[1:]), self._sources, like=fine)
+            change = ((1 - part).clamp_min(0).sqrt() - 1) * noise + part.sqrt() * fresh
+            return (x_next + after.sigma * change).to(x_next.dtype)
+
+        return remixing
 
 
 @dataclass
@@ -384,10 +407,9 @@ def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
     return ((2 * drawn - move) * move / (2 * variance)).double().flatten(1).sum(1)
 
 
-def _not_ancestral() -> ValueError:
-    return ValueError(
-        "twisted particles are weighed by the law of an ancestral step, and this solver's is another: choose DDIM with "
-        "eta=1, DDPM or Euler ancestral"
+def _not_ancestral() -> UnsuitableSolver:
+    return UnsuitableSolver(
+        "twisted particles are weighed by the law of an ancestral step, and this solver's is another"
     )
 
 
@@ -420,8 +442,9 @@ def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.T
 
 
 def _floor(terms: list, loss: torch.Tensor) -> torch.Tensor | None:
-    """The weighted sum's known floor `(B,)`, or None when some term has none."""
+    """The weighted sum's known floor `(B,)`, or None when some term has none; particles repeat their pictures'."""
     floors = [getattr(term.loss, "floor", None) for term in terms]
     if any(floor is None for floor in floors):
         return None
-    return sum(term.weight * torch.as_tensor(floor).to(loss) for term, floor in zip(terms, floors)).expand_as(loss)
+    floors = [torch.as_tensor(floor).to(loss).reshape(-1) for floor in floors]
+    return sum(term.weight * floor.repeat(len(loss) // len(floor)) for term, floor in zip(terms, floors))

@@ -27,6 +27,7 @@ class Signal:
         level, next_level: the noise levels that the solver's step leads from and to. Sigma-space samplers (Karras, EDM)
             are told in variance-preserving coordinates, so that a rule means the same to every solver of a model.
         levels, step: all levels of the run, and the index of `level` among them.
+        strength: the guidance's, for rules that scale themselves.
         x0: the clean sample predicted, as the solver clips it.
         at_x0: the gradient at x0, before it was pulled back through the denoiser.
         landed: where the solver's own step lands, or None where the rule has to be asked before it.
@@ -41,14 +42,27 @@ class Signal:
     floor: torch.Tensor | None = None
     levels: Sequence[Level] = ()
     step: int = 0
+    strength: float = 1.0
     x0: torch.Tensor | None = None
     at_x0: torch.Tensor | None = None
     landed: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
 
 
+class UnsuitableSolver(ValueError):
+    """A recipe asks of the solver what it does not do."""
+
+    def __init__(self, what: str, wanted: str = "DDIM with eta=1, DDPM or Euler ancestral"):
+        super().__init__(f"{what}; choose {wanted}")
+
+
 class StepRule:
-    """Base class: `init(x) -> state`, `update(signal, state) -> (step, state)`; the step is subtracted."""
+    """Base class: `init(x) -> state`, `update(signal, state) -> (step, state)`; the step is subtracted.
+
+    A rule that `scales_itself` heeds `signal.strength`; the steps of others are multiplied by it.
+    """
+
+    scales_itself = False
 
     def init(self, x: torch.Tensor) -> Any:
         """The state before the first step, for samples `x`."""
@@ -288,28 +302,29 @@ class Spherical(StepRule):
     `x_{t-1} = mu + r unit(d + k (d* - d))` with `r = sqrt(n) s_step`, `d` the noise drawn, `d* = -r g / ||g||`.
 
     Raises:
-        ValueError: the solver draws no noise.
+        UnsuitableSolver: the solver draws no noise.
     """
 
     k: float = 0.1
+    scales_itself = True  # by more turning, up to descent itself, not by a longer step
 
     def update(self, signal, state):
         step_std = signal.level.step_std(signal.next_level)
-        if signal.landed is None or not bool((step_std > 0).any()):
-            if signal.landed is None:
-                raise ValueError("a spherical step turns the solver's own noise, and this solver draws none")
+        none = "a spherical step turns the noise that the solver draws, and this solver draws none"
+        if signal.landed is None:
+            raise UnsuitableSolver(none)
+        if not bool((step_std > 0).any()):
             return torch.zeros_like(signal.gradient), state
         radius = signal.gradient[0].numel() ** 0.5 * step_std
         mean = signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
         drawn = signal.landed - mean
         along = (unit(drawn) * unit(signal.noise)).flatten(1).sum(1)
         if bool((norm(drawn) < 0.5 * radius).all() | (along > 0.9).all()):
-            raise ValueError(
-                "a spherical step turns the noise that the solver draws, and this solver draws none: choose DDIM with "
-                "eta=1, DDPM or an ancestral one"
-            )
+            raise UnsuitableSolver(none)
         wanted = -radius * unit(signal.gradient)
-        return signal.landed - (mean + radius * unit(drawn + self.k * (wanted - drawn))), state
+        return signal.landed - (
+            mean + radius * unit(drawn + min(1.0, self.k * signal.strength) * (wanted - drawn))
+        ), state
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ class Record:
                 stacklevel=3,
             )
 
-    def keep(self, chosen: torch.Tensor) -> None:
-        """Keep the columns of these samples only."""
-        for row in self.rows:
+    def keep(self, chosen: torch.Tensor, *present: dict[str, Any]) -> None:
+        """Keep the columns of these samples, in this order; also in rows that are not added yet."""
+        for row in (*self.rows, *present):
             for key in PER_PICTURE:
                 if key in row:
                     row[key] = row[key][chosen.to(row[key].device)]

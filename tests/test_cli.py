@@ -134,6 +134,13 @@ def test_every_recipe_runs(recipe):
         works(*arguments)
 
 
+@pytest.mark.parametrize("recipe", ["dsg", "tds"])
+@pytest.mark.parametrize("scheduler", ["dpm++", "unipc"])
+def test_a_recipe_that_the_scheduler_does_not_suit_says_what_does(recipe, scheduler):
+    told = fails("generate", *BRIGHT, *QUICK, "--recipe", recipe, "--scheduler", scheduler)
+    assert "choose DDIM with eta=1, DDPM or Euler ancestral" in told
+
+
 @pytest.mark.parametrize("scheduler", cli_model.SCHEDULERS)
 def test_every_scheduler_runs(place, scheduler):
     works("generate", *BRIGHT, *QUICK, "--scheduler", scheduler, "--out", "x")

@@ -379,7 +379,7 @@ def test_models_that_also_predict_a_variance_run(tiny):
 
     learned = denoiser(model, scheduler, shape=tiny.shape)
     plain = sample(learned, None, steps=6, seeds=[0])
-    guided = sample(learned, recipes.auto(squares), steps=6, seeds=[0])
+    guided = sample(learned, recipes.auto(squares, strength=4.0), steps=6, seeds=[0])
     assert squares(guided.images) < squares(plain.images)
 
 

@@ -143,17 +143,17 @@ def test_the_likelihood_at_x0_is_too_sure():
     assert 0.6 < covariance[0, 0].sqrt() / posterior.covariance[0, 0].sqrt() < 0.8
 
 
-def test_dps_and_flowdps_end_in_a_point_near_y():
+def test_dps_ends_in_a_point_near_y_and_flowdps_comes_nearer_with_every_step():
     """A step of the un-squared distance has a length of its own, whatever the noise: with enough steps what is measured
-    is within one step of y, whatever sigma; with few steps DPS has not come near yet."""
+    is within one step of y, whatever sigma; with few steps DPS has not come near yet. FlowDPS' steps fade."""
     for problem, work in PROBLEMS.items():
         mean, covariance = expected(METHODS["dps"], work, 1000)
         assert mean[0].item() == pytest.approx(work.y, abs=0.005), problem
         assert covariance[0, 0].sqrt() < 1 / VECTORS**0.5
         early = expected(METHODS["dps"], work, 50)[0][0]
         assert early - work.prior.mean[0] < 0.3 * (work.y - work.prior.mean[0])
-        mean, covariance = expected(METHODS["flowdps"], work, 800)
-        assert mean[0].item() == pytest.approx(work.y, abs=0.005) and covariance[0, 0].sqrt() < 0.05
+        means = [expected(METHODS["flowdps"], work, steps)[0][0].item() for steps in (50, 800)]
+        assert work.prior.mean[0] < means[0] < means[1] < work.y
     hidden = [expected(METHODS["flowdps"], PROBLEMS["white"], steps)[1][1, 1].sqrt() for steps in (50, 800)]
     assert hidden[1] < hidden[0] < 0.9, "the hidden part is too sure, the more so the more steps"
 

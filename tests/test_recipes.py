@@ -87,7 +87,8 @@ def library(guidance: Guidance, visits: int = 1) -> torch.Tensor:
     visit = next(v for v in run.visits if v.step == STEP)
 
     def solve(prediction, x):
-        return hand.ddim((x - hand.s * prediction) / hand.a, prediction)
+        x0 = (x - hand.s * prediction) / hand.a
+        return hand.a1 * x0 + hand.s1 * prediction if guidance.remix else hand.ddim(x0, prediction)
 
     for _ in range(visits):
         leaf = SAMPLE.clone().requires_grad_(run.needs_graph(visit))
@@ -178,22 +179,16 @@ def by_hand(name: str) -> tuple[Guidance, torch.Tensor]:
         inverse = torch.linalg.pinv(MATRIX)
         x0 = h.x0 + ((TARGET - operator(h.x0)) @ inverse.T).view_as(h.x0)
         return recipes.ddnm(Measurement(operator, TARGET)), h.ddim(x0, (SAMPLE - h.a * x0) / h.s)
-    if name == "red_diff":  # from the anchor 0, whose noise is SAMPLE / s
-        zero = torch.zeros_like(SAMPLE)
-        g = distance(zero) * h.slope(zero) + 0.25 * h.s / h.a * (h.e - SAMPLE / h.s)
-        fresh = randn(SHAPE, generators([0], "guidance")).double()
-        return recipes.red_diff(distance), h.a1 * (-0.1 * g / (g.abs() + 1e-8)) + h.s1 * fresh
     if name == "flowchef":
         return recipes.flowchef(distance), plain - 0.5 * h.g0
     if name == "flowdps":
         x0 = h.x0
         for _ in range(3):
             x0 = x0 - 0.1 * h.slope(x0)
-        x0 = h.x0 + h.a / (h.a + h.s) * (x0 - h.x0)
+        x0 = h.x0 + h.s / (h.a + h.s) * (x0 - h.x0)
         share = h.a1 / (h.a1 + h.s1)
         fresh = randn(SHAPE, generators([0], "guidance")).double()
-        change = h.s1 * (((1 - share).sqrt() - 1) * h.e + share.sqrt() * fresh)
-        return recipes.flowdps(distance, size=0.1), h.ddim(x0, h.e) + change
+        return recipes.flowdps(distance, size=0.1), h.a1 * x0 + h.s1 * ((1 - share).sqrt() * h.e + share.sqrt() * fresh)
     if name == "tds":
         beta = 1 - h.bars[STEP] / h.bars[STEP + 1]
         shift = beta / (1 - beta).sqrt() * 10 * h.gx
@@ -218,7 +213,7 @@ def by_hand(name: str) -> tuple[Guidance, torch.Tensor]:
 
 BY_HAND = (
     "dps", "shen", "lgd_mc", "freedom", "freedom sqrt-alpha", "universal", "score", "mpgd", "mpgd projected", "tfg",
-    "dsg", "adam_dps", "pigdm", "diffpir", "ddnm", "red_diff", "flowchef", "flowdps", "tds", "noise-scaled", "polyak",
+    "dsg", "adam_dps", "pigdm", "diffpir", "ddnm", "flowchef", "flowdps", "tds", "noise-scaled", "polyak",
     "auto, floor known",
 )  # fmt: skip
 
@@ -237,6 +232,22 @@ def test_adams_second_step_is_bias_corrected():
     step = 0.03 * first / (second.sqrt() + 1e-8) / (h.bars[STEP] / h.bars[STEP + 1]).sqrt()
     torch.testing.assert_close(
         library(recipes.adam_dps(distance), visits=2), h.ddim(h.x0, h.e) - step, rtol=0, atol=1e-10
+    )
+
+
+def test_red_diffs_second_step():
+    """Begun in the middle, the anchor starts at x0, where the prior does not pull; after one step of Adam it does."""
+    h, sources = Hand(), generators([0], "guidance")
+    first = distance(h.x0) * h.slope(h.x0)
+    anchor = h.x0 - 0.1 * first / (first.abs() + 1e-8)
+    drawn = (SAMPLE - h.a * anchor) / h.s
+    second = distance(anchor) * h.slope(anchor) + 0.25 * h.s / h.a * (h.e - drawn)
+    m = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
+    v = (0.99 * 0.01 * first**2 + 0.01 * second**2) / (1 - 0.99**2)
+    anchor = anchor - 0.1 * m / (v.sqrt() + 1e-8)
+    fresh = [randn(SHAPE, sources).double() for _ in range(2)][1]
+    torch.testing.assert_close(
+        library(recipes.red_diff(distance), visits=2), h.a1 * anchor + h.s1 * fresh, rtol=0, atol=1e-10
     )
 
 
@@ -316,6 +327,7 @@ SOLVERS = {
     "flow euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flow heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
 }
+RESTARTING = ("heun", "unipc", "flow heun")
 DRAWING = ("ddim", "ddpm", "euler-ancestral", "dpm++ 2m sde", "lcm")
 ANCESTRAL = ("ddim", "ddpm", "euler-ancestral")
 STEPS = 5
@@ -354,8 +366,9 @@ def test_manners(recipe, solver):
     plain = drawn(solver, None)
     zero = drawn(solver, make(loss_for(recipe), strength=0.0))
     assert torch.equal(zero.samples, plain.samples)
-    if recipe == "dsg" and solver not in DRAWING or recipe == "tds" and solver not in ANCESTRAL:
-        with pytest.raises(ValueError, match="draws none|ancestral step"):
+    refused = {"dsg": solver not in DRAWING, "tds": solver not in ANCESTRAL, "flowdps": solver in RESTARTING}
+    if refused.get(recipe, False):
+        with pytest.raises(ValueError, match="draws none|ancestral step|starts from the sample"):
             drawn(solver, make(loss_for(recipe)))
         return
     guided = drawn(solver, make(loss_for(recipe)), seeds=(4, 3, 9))
@@ -400,6 +413,55 @@ def test_particles_follow_their_own_pictures_targets():
         assert (to_target(kept) <= to_target(plain)).sum() >= 3 and to_target(kept).mean() < to_target(plain).mean()
 
 
+def test_bad_inner_gradients_are_counted_and_projection_moves_nothing_alone():
+    spoilt = recipes.auto(loss_for("pigdm", float("nan")))
+    assert spoilt.toward is not None and drawn("ddim", spoilt).record.nonfinite.tolist() == [STEPS, STEPS]
+    with pytest.raises(FloatingPointError):
+        drawn("ddim", spoilt.replace(raise_on_nonfinite=True))
+    plain = drawn("ddim", None).samples
+    assert torch.equal(drawn("ddim", recipes.mpgd(loss_for("mpgd", 0.0), project=lambda x0: 0.5 * x0)).samples, plain)
+
+
+def test_remixed_noise_keeps_the_level_after_a_score_edit():
+    """White data, DDIM with eta = 0, its noise renewed: x_t keeps its level's spread, and the mean of ddnm's x0."""
+    y = torch.full((1, 3, 16, 16), 0.9)
+    measured = Measurement(lambda image: image, y, 0.0)
+
+    def white(x, t):
+        return (1 - vp_scheduler().alphas_cumprod[t]).sqrt() * x
+
+    seen = {}
+
+    class Watched(torch.nn.Module):
+        def forward(self, x, t):
+            seen[int(t)] = x
+            return white(x, t)
+
+    model = denoiser(Watched(), vp_scheduler(), shape=(3, 16, 16), decode=identity)
+    sample(model, recipes.ddnm(measured, remix=1.0), steps=10, seeds=range(4), eta=0.0)
+    for t, x in list(seen.items())[2:]:
+        a = vp_scheduler().alphas_cumprod[t].sqrt()
+        assert x.mean().item() == pytest.approx(0.9 * a.item(), abs=0.05)
+        assert x.std().item() == pytest.approx((1 - a**2).sqrt().item(), rel=0.05)
+
+
+def test_strength_turns_a_sphere_further_and_keeps_its_length():
+    guided = [
+        drawn("ddim", g).samples
+        for g in (recipes.dsg(squares, strength=4.0), recipes.dsg(squares).replace(strength=4.0))
+    ]
+    assert torch.equal(*guided)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(rule=None), dict(project=identity), dict(through_share=0.5, edit="score"), dict(edit="anchor")],
+)
+def test_settings_that_would_do_nothing_are_refused(change):
+    with pytest.raises(ValueError):
+        recipes.dps(squares, **change)
+
+
 def test_particles_need_no_gradient():
     def rounded(image):
         return (image.round() - 1).abs().mean((1, 2, 3)).detach()
@@ -414,6 +476,10 @@ def test_particles_need_no_gradient():
 def test_remixing_makes_deterministic_solvers_random_and_leaves_random_ones_alone(solver):
     still = recipes.dps(squares, rule=Constant(0.0))
     plain = drawn(solver, still).samples
+    if solver in RESTARTING:
+        with pytest.raises(ValueError, match="starts from the sample"):
+            drawn(solver, still.replace(remix="ancestral"))
+        return
     remixed = drawn(solver, still.replace(remix="ancestral")).samples
     assert torch.equal(plain, remixed) == (solver in DRAWING)
 
