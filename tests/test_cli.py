@@ -92,7 +92,7 @@ def pictures(folder):
 
 
 def test_generate_writes_pictures_sheet_record_and_the_command_that_gives_the_same_again(place):
-    result = works("generate", *BRIGHT, *QUICK, "--seed", 7, "--out", "made")
+    result = works("generate", *BRIGHT, *QUICK, "--steps", 10, "--seed", 7, "--out", "made")
     folder = place / "made"
     assert sorted(file.name for file in folder.iterdir()) == [
         "00007.png", "00008.png", "record.json", "record.png", "settings.json", "sheet.png",
