@@ -107,14 +107,3 @@ class Population:
             drawn = [torch.multinomial(w, 1, generator=source) for w, source in zip(self.weights, self.sources)]
             inside = torch.cat(drawn)
         return inside * len(inside) + torch.arange(len(inside))
-
-
-def reordered(state, order: torch.Tensor, batch: int):
-    """A nested state (tuples, lists, dicts) with every tensor of `batch` samples along its first axis reordered."""
-    if isinstance(state, torch.Tensor):
-        return state[order.to(state.device)] if state.dim() > 1 and len(state) == batch else state
-    if isinstance(state, dict):
-        return {key: reordered(value, order, batch) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(reordered(value, order, batch) for value in state)
-    return state

@@ -12,11 +12,11 @@ import torch
 from ..samplers.levels import Level
 from ..samplers.random import generators, randn
 from ..samplers.record import Record
-from ..samplers.solver import Solver
+from ..samplers.solver import Solver, reordered
 from ..samplers.time_travel import Visit, visits
 from .gradient import loss_gradient, pulled_back
 from .guidance import Guidance, Inner
-from .particles import Population, reordered
+from .particles import Population
 from .smoothing import smoothed
 from .steps import Signal, UnsuitableSolver, norm, per_sample, unit
 

@@ -70,14 +70,8 @@ class Solver:
 
     def reorder(self, order: torch.Tensor, batch: int) -> None:
         """Let sample `i` of the `batch` go on from the history of sample `order[i]`."""
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, (list, tuple)):
-                return type(value)(moved(one) for one in value)
-            own = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == batch
-            return value[order.to(value.device)] if own else value
-
-        vars(self.scheduler).update({k: moved(v) for k, v in vars(self.scheduler).items() if k not in SCHEDULE})
+        history = {name: value for name, value in vars(self.scheduler).items() if name not in SCHEDULE}
+        vars(self.scheduler).update(reordered(history, order, batch))
 
     def remember(self) -> dict[str, Any]:
         """The scheduler's state: step index, histories of multistep solvers."""
@@ -86,3 +80,14 @@ class Solver:
     def return_to(self, state: dict[str, Any]) -> None:
         """Undo every step since `remember`."""
         vars(self.scheduler).update({k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in state.items()})
+
+
+def reordered(state, order: torch.Tensor, batch: int):
+    """A nested state (tuples, lists, dicts) with every tensor of `batch` samples along its first axis reordered."""
+    if isinstance(state, torch.Tensor):
+        return state[order.to(state.device)] if state.dim() > 1 and len(state) == batch else state
+    if type(state) is dict:  # a config, which is frozen, holds no samples
+        return {key: reordered(value, order, batch) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(reordered(value, order, batch) for value in state)
+    return state

@@ -130,8 +130,10 @@ def test_every_recipe_lowers_the_loss(tiny, recipe):
     if recipe in ("pigdm", "diffpir", "ddnm"):
         loss = Measurement(operators.SuperResolution(2), torch.full((1, 3, 4, 4), 0.8), 0.05)
     guided = sample(tiny, recipes.get(recipe)(loss, strength=strength), steps=20, seeds=range(4))
-    factor = 0.98 if recipe in ("best_of_n", "fk_steering") else 0.9  # four random candidates do not differ much
-    assert loss(guided.images).mean() < factor * loss(plain.images).mean()
+    if recipe in ("best_of_n", "fk_steering"):  # four random candidates do not differ much
+        assert loss(guided.images).mean() < 0.98 * loss(plain.images).mean()
+    else:
+        assert (loss(guided.images) < 0.9 * loss(plain.images)).all()
 
 
 def test_zero_and_nan_gradients_move_nothing_and_are_told(tiny):
