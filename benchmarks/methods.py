@@ -1,12 +1,14 @@
 """Every recipe on ten pairs of a model and a task: at its default strength, and at the best of a grid.
 
-Strengths are searched on some pictures; default and best are measured on others, and once more, for error bars, on
-fresh ones. One row per run goes to `results/methods.jsonl` as soon as it is measured, and no run is repeated. Several
-processes started with the same command share the work.
+Strengths are searched on some pictures, with the denoiser in bfloat16, which is twice as fast; default and best are
+measured on others in float32, and once more, for error bars, on fresh ones. One row per run goes to
+`results/methods.jsonl` as soon as it is measured, and no run is repeated. Several processes started with the same
+command share the work.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -61,8 +63,14 @@ class Job:
             pictures=len(self.seeds),
             steps=self.steps,
             eta=ETA.get(self.recipe, 1.0),
+            dtype=str(self.dtype).removeprefix("torch."),
             settings=None if self.recipe in BARE else settings_digest(self.recipe, self.change, self.work),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's precision."""
+        return torch.bfloat16 if self.which == "search" else torch.float32
 
     @functools.cached_property
     def seeds(self) -> list[int]:
@@ -70,8 +78,11 @@ class Job:
 
 
 @functools.cache
-def _model(load) -> Denoiser:
-    return load()
+def _model(load, dtype: torch.dtype = torch.float32) -> Denoiser:
+    model = load()
+    if dtype == model.dtype:
+        return model
+    return dataclasses.replace(model, model=copy.deepcopy(model.model).to(dtype), dtype=dtype)
 
 
 @functools.cache
@@ -114,7 +125,7 @@ def bare_forward(model: Denoiser, pictures: int, times: int) -> list[float]:
 
 def draw(job: Job) -> tuple[torch.Tensor, dict]:
     """The pictures of a run, and what it cost."""
-    pictures, model = pictures_of(job.work, job.which), _model(job.work.model)
+    pictures, model = pictures_of(job.work, job.which), _model(job.work.model, job.dtype)
     if job.recipe == "trivial":
         return pictures.trivial[: len(job.seeds)], {}
     guided = job.recipe != "unguided"
@@ -266,8 +277,10 @@ class Plan:
                 for work in self.works:
                     if recipe in BARE or not suits(recipe, work) or (recipe in leaders[work.name]) != leading:
                         continue
-                    yield self.job(work, recipe, {}, "fresh")
                     best = self.search(work, recipe).best
+                    if best is not None and recipe != "auto":
+                        yield self.job(work, recipe, best, "fresh")
+                    yield self.job(work, recipe, {}, "fresh")
                     if best is not None:
                         yield self.job(work, recipe, best, "fresh")
 

@@ -13,6 +13,7 @@ import torch
 
 from ..losses.loss import Composable, as_losses
 from ..samplers.plain import plain
+from ..samplers.solver import Solver
 from ..samplers.time_travel import TimeTravel
 from .augment import Augment
 from .particles import Particles
@@ -24,6 +25,7 @@ THROUGH = ("denoiser", "x0")
 EDITS = ("shift", "score", "mean", "anchor")
 KEPT = ("noise", "sample")
 REMIXES = ("signal", "ancestral")
+CLOCKS = ("steps", "noise")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class Guidance:
             "ancestral" for as much as an ancestral solver draws.
         particles: several candidates per picture, of which one is kept.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
+        clock: what progress is measured by, here and in the windows of time travel and of the loss's terms: the share
+            of the solver's "steps", or the "noise" left, as the progress of DDPM with as much of it, so that a window
+            is the same to every schedule and solver.
         every: act at every n-th step only.
         strength: factor of every step; 1 is the recipe's own default, 0 samples plainly and only records the loss.
         raise_on_nonfinite: raise at the first gradient that is not finite, instead of moving nothing and
@@ -100,6 +105,7 @@ class Guidance:
     time_travel: TimeTravel | None = None
     start: float = 0.0
     stop: float = 1.0
+    clock: str = "steps"
     every: int = 1
     strength: float = 1.0
     raise_on_nonfinite: bool = False
@@ -139,6 +145,8 @@ class Guidance:
             raise ValueError(f"remix is a share in [0, 1], or one of {', '.join(REMIXES)}, got {self.remix!r}")
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"a window needs 0 <= start < stop <= 1, got {self.start}, {self.stop}")
+        if self.clock not in CLOCKS:
+            raise ValueError(f"clock is one of {', '.join(CLOCKS)}, got {self.clock!r}")
         if self.every < 1:
             raise ValueError(f"every is at least 1, got {self.every}")
         if not 0 < self.through_share <= 1:
@@ -176,9 +184,15 @@ class Guidance:
         """How many samples are drawn per picture."""
         return self.particles.count if self.particles is not None and self.active else 1
 
-    def acts_at(self, step: int, steps: int) -> bool:
-        """Whether the loss acts at this solver step."""
-        return self.loss is not None and self.start <= step / steps < self.stop and step % self.every == 0
+    def progress(self, step: int, solver: Solver) -> float:
+        """How far a solver step has come, from 0 (noise) to 1 (the picture), on the guidance's clock."""
+        if self.clock == "steps":
+            return step / len(solver)
+        return min(solver.levels[step].progress, 0.99)  # 1 is after the last step
+
+    def acts_at(self, step: int, progress: float) -> bool:
+        """Whether the loss acts at this solver step, which has come so far."""
+        return self.loss is not None and self.start <= progress < self.stop and step % self.every == 0
 
     def begin(self, solver, decode: Callable[[torch.Tensor], torch.Tensor], seeds):
         """Start a run over a solver whose timesteps are set; see `lossguide.guidance.step.Run`."""

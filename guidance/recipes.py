@@ -65,6 +65,7 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
             augment=Augment.geometric(8),
             time_travel=TimeTravel(3, 0.25, 0.75),
             stop=0.8,
+            clock="noise",
         )
     return _build(
         loss,

@@ -36,7 +36,8 @@ class Run:
         self.solver = solver
         self.decode = decode
         travel = guidance.time_travel if guidance.active else None
-        self.visits: list[Visit] = visits(len(solver), travel, lambda step: bool(self._terms(step)))
+        self._progress = [guidance.progress(step, solver) for step in range(len(solver))]
+        self.visits: list[Visit] = visits(self._progress, travel, lambda step: bool(self._terms(step)))
         self.record = Record()
         self.record.settings = guidance.to_dict()
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)
@@ -54,10 +55,10 @@ class Run:
         return self.guidance.goes_through(visit.step) and bool(self._terms(visit.step))
 
     def _terms(self, step: int) -> list:
-        steps = len(self.solver)
-        if not self.guidance.acts_at(step, steps):
+        progress = self._progress[step]
+        if not self.guidance.acts_at(step, progress):
             return []
-        return [term for term in self.guidance.loss.terms() if term.acts_at(step / steps)]
+        return [term for term in self.guidance.loss.terms() if term.acts_at(progress)]
 
     def step(
         self,
@@ -88,7 +89,7 @@ class Run:
             step=visit.step,
             visit=visit.repeat,
             timestep=solver.times[visit.step],
-            progress=visit.step / len(solver),
+            progress=self._progress[visit.step],
             alpha=level.alpha.tolist(),
             sigma=level.sigma.tolist(),
         )

@@ -110,6 +110,17 @@ class Level:
         return self.alpha**2 / (self.alpha**2 + self.sigma**2)
 
     @property
+    def progress(self) -> float:
+        """How far DDPM has come at the same ratio of noise to signal, from 0 (noise) to 1 (the picture); per-pixel
+        levels by their mean.
+
+        By the continuous limit of its linear schedule, `log abar = -(0.1 t + 9.95 t^2)` (Song et al. 2021), at `1 - t`.
+        """
+        log_share = -self.signal_share.double().clamp_min(1e-9).log()
+        progress = (1 - ((0.01 + 39.8 * log_share).sqrt() - 0.1) / 19.9).clamp(0, 1).mean()
+        return round(progress.item(), 2)  # no schedule is exactly the continuous one
+
+    @property
     def stretch(self) -> torch.Tensor:
         """By how much sigma space (`alpha = 1`) is wider than variance-preserving coordinates; one for other levels."""
         return torch.where(self.alpha == 1, (1 + self.sigma**2).sqrt(), 1.0)

@@ -105,7 +105,7 @@ def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar)
     sources = generators(seeds)
     x = (randn(denoiser.shape, sources) * solver.initial_sigma).to(denoiser.device)
     run = None if guidance is None else guidance.begin(solver, denoiser.decode, seeds)
-    plan = visits(len(solver)) if run is None else run.visits
+    plan = visits(range(len(solver))) if run is None else run.visits
     record = Record() if run is None else run.record
     bar.total = len(plan) * batches
     for visit in plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -34,12 +34,13 @@ class Visit:
 
 
 def visits(
-    steps: int, travel: TimeTravel | None = None, where: Callable[[int], bool] = lambda step: True
+    progress: Sequence[float], travel: TimeTravel | None = None, where: Callable[[int], bool] = lambda step: True
 ) -> list[Visit]:
-    """The order in which `steps` solver steps are visited; only steps `where` something acts are visited repeatedly."""
+    """The order in which solver steps are visited, of which `progress` tells how far each has come; only steps `where`
+    something acts are visited repeatedly."""
     plan = []
-    for step in range(steps):
-        inside = travel is not None and travel.start <= step / steps < travel.stop and where(step)
+    for step, reached in enumerate(progress):
+        inside = travel is not None and travel.start <= reached < travel.stop and where(step)
         repeats = travel.repeats if inside else 1
         plan += [Visit(step, repeat, repeat == repeats - 1) for repeat in range(repeats)]
     return plan
