@@ -15,7 +15,9 @@ import torch
 
 pytest.importorskip("fcntl")
 
-from benchmarks import grids, methods, methods_report  # noqa: E402
+from lossguide.samplers import Level  # noqa: E402
+
+from benchmarks import grids, methods, methods_report, solvers  # noqa: E402
 from benchmarks.methods_report import Entry  # noqa: E402
 from benchmarks.rows import Rows, digest_of  # noqa: E402
 from benchmarks.work import Pictures, Work  # noqa: E402
@@ -229,3 +231,19 @@ def test_the_digest_of_settings_tells_what_differs_from_the_defaults():
     one = work()
     digests = [methods.settings_digest("dps", change, one) for change in ({}, {"strength": 1.0}, {"strength": 2.0})]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_model_seen_along_straight_paths_finds_the_same_picture():
+    model = solvers.load_demo()
+    x0, noise = torch.randn(2, 2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for timestep in (30, 500, 970):
+        alpha = model.scheduler.alphas_cumprod[timestep].sqrt()
+        level = Level.of(alpha.item(), (1 - alpha**2).sqrt().item())
+        sample = level.mix(x0, noise)
+        v = model.predict(sample, torch.tensor(timestep))
+        share = level.sigma / (level.alpha + level.sigma)
+        straight = Level(1 - share, share)
+        stretched = sample / (level.alpha + level.sigma)
+        flow = solvers.as_flow(model)(stretched, 1000 * share)
+        found = straight.x0(flow, stretched, "flow")
+        torch.testing.assert_close(found, level.x0(v, sample, "v_prediction"), rtol=1e-3, atol=1e-3)

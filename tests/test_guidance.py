@@ -407,6 +407,20 @@ def test_gradients_survive_half_precision():
     torch.testing.assert_close(pulled, g @ weight.T, rtol=0.02, atol=1e-11)
 
 
+@pytest.mark.parametrize("clock", ["steps", "noise"])
+def test_windows_are_measured_by_their_clock(tiny, clock):
+    flow = denoiser(tiny.model, diffusers.FlowMatchEulerDiscreteScheduler())
+    guidance = Guidance(squares, strength=0.1, stop=0.5, clock=clock, time_travel=TimeTravel(2, 0.3, 0.9))
+    steps = [(row["step"], row["progress"]) for row in sample(flow, guidance, steps=10).record.rows]
+    levels = Solver.of(flow.scheduler, 10).levels
+    progress = [i / 10 if clock == "steps" else min(levels[i].progress, 0.99) for i in range(10)]
+    again = [i for i, p in enumerate(progress) if 0.3 <= p < 0.5]
+    assert again == ([3, 4] if clock == "steps" else [1, 2][: len(again)]) and again
+    assert steps == [(i, p) for i, p in enumerate(progress) for _ in range(2 if i in again else 1)]
+    with pytest.raises(ValueError, match="clock is one of steps, noise"):
+        Guidance(squares, clock="time")
+
+
 def test_time_travel_only_where_a_loss_acts(tiny):
     guidance = recipes.auto(squares, start=0.6, time_travel=TimeTravel(2, 0.25, 0.75))
     record = sample(tiny, guidance, steps=20, seeds=[0]).record

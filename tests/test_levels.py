@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import diffusers
 import pytest
 import torch
@@ -51,6 +53,19 @@ def test_renoising_keeps_the_marginal():
     x = clean.renoise(x, noisy, torch.randn_like(x0))
     assert x.mean().item() == pytest.approx(0.4 * 0.7, abs=0.01)
     assert x.std().item() == pytest.approx(noisy.sigma.item(), abs=0.01)
+
+
+def test_progress_is_that_of_ddpm_whatever_the_schedule():
+    ddpm = diffusers.DDPMScheduler(beta_schedule="linear", timestep_spacing="trailing")
+    expected = [step / 20 for step in range(21)]
+    assert [level.progress for level in Solver.of(ddpm, 20).levels] == pytest.approx(expected, abs=0.011)
+    for level in Solver.of(diffusers.FlowMatchEulerDiscreteScheduler(), 20).levels:
+        wide = Level.of(1.0, (level.sigma / level.alpha).clamp(max=1e4))
+        assert level.progress == pytest.approx(wide.progress, abs=1e-9)
+    halfway = 1 - (-0.1 + (0.01 + 39.8 * math.log(2)) ** 0.5) / 19.9
+    assert Level.of(0.5, 0.5).progress == pytest.approx(halfway, abs=0.006)
+    per_pixel = Level(torch.tensor([0.2, 0.9]).view(1, 1, 1, 2), torch.tensor([0.9, 0.2]).view(1, 1, 1, 2))
+    assert 0.3 < per_pixel.progress < 0.7
 
 
 VP = dict(beta_schedule="linear", prediction_type="epsilon")
