@@ -17,7 +17,7 @@ from . import cli_output as output
 from . import cli_restore as restoring
 from . import recipes as methods
 from .cli_job import BAD, Job, Problem, told
-from .cli_model import SCHEDULERS, known_scheduler
+from .cli_model import SCHEDULERS, check_model, known_scheduler
 from .cli_output import PARENT
 from .cli_tune import tune_command
 from .contact_sheet import Block
@@ -108,7 +108,7 @@ def _shared(num_images: int) -> Callable[[Callable], Callable]:
     return decorate
 
 
-@main.command()
+@main.command(short_help="Draw pictures of a text, or of what losses ask.")
 @click.argument("prompt", required=False)
 @click.option("--loss", "losses", multiple=True, metavar="TEXT", help="[WEIGHT*]NAME:ARGUMENT, also several times.")
 @click.option(
@@ -143,6 +143,7 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
     if prompt is not None and clip_model == "demo":
         _in_demo_world(prompt)
     with told(*BAD):
+        check_model(run["model"])
         loss = _losses(prompt, losses, clip_model, clip_pretrained)
     job = Job(context, run)
     with told(*BAD):
@@ -162,7 +163,7 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
         job.finish(folder, record, summary)
 
 
-@main.command()
+@main.command(short_help="Restore a photo.")
 @click.argument("photo", type=click.Path(path_type=Path))
 @click.option("--task", type=click.Choice(restoring.TASKS), required=True, help="What happened to the photo.")
 @click.option("--mask", type=click.Path(path_type=Path), help="inpaint: white = keep; default: transparent = the hole.")

@@ -170,6 +170,19 @@ def known_scheduler(name: str) -> str:
     return name
 
 
+def check_model(name: str) -> None:
+    """See whether there can be a model of that name, before anything is loaded.
+
+    Raises:
+        OSError: it is a file, or a folder that is not there.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"the model '{name}' is a file; a model is 'demo', a folder in diffusers' format, or a hub id")
+    if not folder.exists() and not _HUB_ID.fullmatch(name):
+        raise OSError(f"there is no folder '{name}'; a model is 'demo', a folder in diffusers' format, or a hub id")
+
+
 def load_model(
     name: str, scheduler: str | None, steps: int, device: torch.device, dtype: torch.dtype
 ) -> PixelModel | PipelineModel:
@@ -219,15 +232,12 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> PixelModel | P
             raise OSError(f"the demo's weights are not where they belong, '{FOLDER}': {_first_line(error)}") from error
     from diffusers import DiffusionPipeline
 
+    check_model(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             return _load_parts(folder, device, dtype)
         name = str(folder)
-    elif folder.exists():
-        raise OSError(f"the model '{name}' is a file; a model is 'demo', a folder in diffusers' format, or a hub id")
-    elif not _HUB_ID.fullmatch(name):
-        raise OSError(f"there is no folder '{name}'; a model is 'demo', a folder in diffusers' format, or a hub id")
     try:
         pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype).to(device)
     except Exception as error:  # what a broken or a foreign folder raises is not limited to a few kinds

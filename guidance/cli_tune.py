@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..losses import ClassLabel, demo, registry
 from ..losses.loss import as_losses
 from . import cli_output as output
 from .cli_job import BAD, Job, Problem, told
+from .cli_model import check_model
 from .tune import SEEDS, tune
 
 # what `generate` can be told besides, and tuning leaves at its defaults
@@ -19,7 +21,7 @@ _LEFT = {"strength": 1.0, "scheduler": None, "dtype": "float32", "batch_size": N
 _CLIP_PRETRAINED = "openai"
 
 
-@click.command("tune")
+@click.command("tune", short_help="Search a recipe's settings.")
 @click.argument("prompt", required=False)
 @click.option("--model", default="demo", show_default=True, help="demo, a folder in diffusers' format, or a hub id.")
 @click.option("--loss", "losses", multiple=True, metavar="TEXT", help="[WEIGHT*]NAME:ARGUMENT, also several times.")
@@ -73,6 +75,7 @@ def tune_command(context: click.Context, prompt, losses, judge, trials, **run: A
         prompt = "ankle boot"
     clip_model = "demo" if run["model"] == "demo" else "ViT-B-32"
     with told(*BAD):
+        check_model(run["model"])
         loss = _losses(prompt, losses, clip_model, _CLIP_PRETRAINED)
         if judge is not None:
             score = as_losses(registry.parse(judge, clip_model=clip_model, clip_pretrained=_CLIP_PRETRAINED))
@@ -110,6 +113,7 @@ def tune_command(context: click.Context, prompt, losses, judge, trials, **run: A
     except KeyboardInterrupt:
         click.echo(f"\nWhat was tried lies in {folder}; this goes on with it: {command}", err=True)
         raise
+    further = re.sub(r" --trials \d+|$", f" --trials {2 * len(tuned.trials)}", command, count=1)
     own, fresh = tuned.trials[0], tuned.fresh
     judged = " and ".join(term.name for term in score.terms())
     click.echo(f"{run['recipe']} as it is -> best of {len(tuned.trials)} trials, scored by {judged}, lower is better")
@@ -123,7 +127,7 @@ def tune_command(context: click.Context, prompt, losses, judge, trials, **run: A
             click.echo("Fresh seeds do not confirm the gain: score more pictures, with --num-images.")
         click.echo("best: " + ", ".join(f"{name} {value}" for name, value in tuned.settings.items()))
         click.echo(f"use it: {_generate(run, prompt, losses, folder)}")
-    click.echo(f"{folder / 'history.png'} and more beside it; to go on, with more --trials: {command}")
+    click.echo(f"{folder / 'history.png'} and more beside it; to go on: {further}")
 
 
 def _generate(run: dict[str, Any], prompt: str | None, losses: tuple[str, ...], folder: Path) -> str:

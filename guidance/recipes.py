@@ -244,8 +244,7 @@ def tfg(
 
 @_recipe
 def dsg(loss, strength: float = 1.0, **changes: Any) -> Guidance:
-    """DSG: turns the solver's noise toward descent and keeps its length; needs a solver that draws noise (Yang et al.
-    2024)."""
+    """DSG: turns the solver's noise toward descent and keeps its length, so there must be some (Yang et al. 2024)."""
     return _build(
         loss,
         strength,
@@ -259,7 +258,7 @@ def dsg(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 
 @_recipe
 def adam_dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
-    """AdamDPS: Adam's moments of the gradient over the steps, one size for all tasks (2026)."""
+    """AdamDPS: Adam's moments of the gradient over the steps, one size for all tasks (published 2026)."""
     return _build(
         loss,
         strength,

@@ -234,8 +234,8 @@ def test_the_command_tunes_the_demo_and_goes_on(tmp_path, monkeypatch):
     assert (folder / "history.png").is_file() and "on fresh seeds: " in result.stdout and "best=" in result.stderr
 
     assert "differs in steps" in fails("--trials", 2, "--num-images", 2, "--steps", 5)
-    command = shlex.split(result.stdout.strip().split("--trials: ")[-1])
-    assert command[:2] == ["lossguide", "tune"]
+    command = shlex.split(result.stdout.strip().split("to go on: ")[-1])
+    assert command[:2] == ["lossguide", "tune"] and command[command.index("--trials") + 1] == "4"
     command[command.index("--trials") + 1] = "3"
     assert run(*command[2:]).exit_code == 0
     trials = json.loads((folder / "trials.json").read_text())["trials"]
