@@ -22,7 +22,7 @@ from .rows import Rows, digest_of
 from .work_restore import restoration
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = (10, 20, 50)
+STEPS = (10, 20)
 PER_CLASS, SEED = 8, 70_000
 WORKS = {
     "text": "Text guidance of the demo model, 8 pictures of each of ten classes",
