@@ -31,9 +31,12 @@ def list_tasks() -> None:
 @click.option("--quick", is_flag=True, help="Few pictures and strengths, to see that it runs; not for figures.")
 @click.option("--fresh", is_flag=True, help="Measure again what has been measured.")
 @click.option(
-    "--only", multiple=True, metavar="RECIPE", help="Only measure these (or unguided), in a process of its own."
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    help="Only these recipes (or unguided), or solvers, in a process of its own.",
 )
-@click.option("--work", multiple=True, metavar="NAME", help="methods: only this work, such as real-inpaint.")
+@click.option("--work", multiple=True, metavar="NAME", help="methods, solvers: only this work, such as real-inpaint.")
 def run(task: str, quick: bool, fresh: bool, only: tuple[str, ...], work: tuple[str, ...]) -> None:
     """Run a task; what is measured already is not measured again."""
     more = dict(work=work) if work else {}

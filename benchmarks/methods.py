@@ -78,10 +78,10 @@ class Job:
 
 
 @functools.cache
-def _model(load, dtype: torch.dtype = torch.float32) -> Denoiser:
-    model = load()
-    if dtype == model.dtype:
-        return model
+def _model(load, dtype: torch.dtype) -> Denoiser:
+    if dtype == torch.float32:
+        return load()
+    model = _model(load, torch.float32)
     return dataclasses.replace(model, model=copy.deepcopy(model.model).to(dtype), dtype=dtype)
 
 
@@ -99,7 +99,7 @@ def pictures_of(work: Work, which: str) -> Pictures:
 def weights_digest(load) -> str:
     """A short digest of a model's weights, so that rows of other weights are not mixed in."""
     digest = hashlib.sha256()
-    for value in _model(load).model.state_dict().values():
+    for value in _model(load, torch.float32).model.state_dict().values():
         digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy() if value.dim() else b"")
     return digest.hexdigest()[:12]
 

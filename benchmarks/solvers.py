@@ -23,7 +23,7 @@ from .work_restore import restoration
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = (10, 20)
-PER_CLASS, SEED = 8, 70_000
+PER_CLASS, SEED = 8, 70_000  # a change of the one needs a change of the other
 WORKS = {
     "text": "Text guidance of the demo model, 8 pictures of each of ten classes",
     "super-resolution": "4x super-resolution by the real model, 8 pictures",
@@ -94,8 +94,14 @@ def measure(work: str, solver: str, steps: int, remix: float | str | None, judge
     }
 
 
-def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) -> None:
-    """Measure every solver, or `only` some; write rows and the table `results/solvers.md`."""
+def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = (), work: tuple[str, ...] = ()) -> None:
+    """Measure every solver, or `only` some, on all `work` or some; write rows and the table `results/solvers.md`."""
+    for given, known in ((only, SOLVERS), (work, WORKS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise SystemExit(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
+    if fresh and (only or work):
+        raise SystemExit("--fresh measures everything again: leave out --only and --work")
     name = "solvers-quick" if quick else "solvers"
     judge = Judge()
     stand_ins = {
@@ -103,26 +109,26 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
         "super-resolution": Measurement(operators.SuperResolution(1), torch.zeros(3, 2, 2), 0.1),
     }
     found: dict = {}
-    for work in WORKS:
-        if work != "text" and (quick or not real.available()):
+    for task in WORKS:
+        if (work and task not in work) or (task != "text" and (quick or not real.available())):
             continue
-        weights = weights_digest(load_demo()) if work == "text" else methods.weights_digest(real.model)
-        rows = Rows(RESULTS / f"{name}.jsonl", weights, fresh and work == "text")
+        weights = weights_digest(load_demo()) if task == "text" else methods.weights_digest(real.model)
+        rows = Rows(RESULTS / f"{name}.jsonl", weights, fresh and task == "text")
         for steps in STEPS[: 1 if quick else None]:
             for solver in SOLVERS:
-                if (only and solver not in only) or (work != "text" and solver.startswith("flow")):
+                if (only and solver not in only) or (task != "text" and solver.startswith("flow")):
                     continue
                 for kind, remix in KINDS.items():
-                    if (kind == "made random" and solver in GIVEN) or (kind == "unguided" and work != "text"):
+                    if (kind == "made random" and solver in GIVEN) or (kind == "unguided" and task != "text"):
                         continue
-                    settings = None if remix is None else digest_of(recipes.auto(stand_ins[work], remix=remix))
-                    key = dict(work=work, solver=solver, steps=steps, kind=kind, settings=settings)
+                    settings = None if remix is None else digest_of(recipes.auto(stand_ins[task], remix=remix))
+                    key = dict(work=task, solver=solver, steps=steps, kind=kind, settings=settings, seed=SEED)
                     with rows.claim(**key) as mine:
                         if mine:
-                            row = rows.add(key | measure(work, solver, steps, remix, judge))
-                            print(*key.values(), *(f"{n} {row[n]:.4g}" for n in FIGURES[work]), flush=True)
-                    found[work, solver, steps, kind] = rows.get(**key)
-    if not only:
+                            row = rows.add(key | measure(task, solver, steps, remix, judge))
+                            print(*key.values(), *(f"{n} {row[n]:.4g}" for n in FIGURES[task]), flush=True)
+                    found[task, solver, steps, kind] = rows.get(**key)
+    if not (only or work):
         (RESULTS / f"{name}.md").write_text(report(found))
 
 

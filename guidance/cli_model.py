@@ -176,6 +176,8 @@ def check_model(name: str) -> None:
     Raises:
         OSError: it is a file, or a folder that is not there.
     """
+    if name == "demo":
+        return
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OSError(f"the model '{name}' is a file; a model is 'demo', a folder in diffusers' format, or a hub id")

@@ -81,8 +81,8 @@ class Guidance:
         particles: several candidates per picture, of which one is kept.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
         clock: what progress is measured by, here and in the windows of time travel and of the loss's terms: the share
-            of the solver's "steps", or the "noise" left, as the progress of DDPM with as much of it, so that a window
-            is the same to every schedule and solver.
+            of the solver's "steps", or the "noise" left: the progress of DDPM with as much of it, from 0 at the first
+            step's, so that a window means the same to Karras', flow-matching and other schedules.
         every: act at every n-th step only.
         strength: factor of every step; 1 is the recipe's own default, 0 samples plainly and only records the loss.
         raise_on_nonfinite: raise at the first gradient that is not finite, instead of moving nothing and
@@ -188,7 +188,8 @@ class Guidance:
         """How far a solver step has come, from 0 (noise) to 1 (the picture), on the guidance's clock."""
         if self.clock == "steps":
             return step / len(solver)
-        return min(solver.levels[step].progress, 0.99)  # 1 is after the last step
+        first, here = solver.levels[0].progress, solver.levels[step].progress
+        return min((here - first) / max(1 - first, 0.01), 0.99)  # 1 is after the last step
 
     def acts_at(self, step: int, progress: float) -> bool:
         """Whether the loss acts at this solver step, which has come so far."""

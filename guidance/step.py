@@ -38,6 +38,13 @@ class Run:
         travel = guidance.time_travel if guidance.active else None
         self._progress = [guidance.progress(step, solver) for step in range(len(solver))]
         self.visits: list[Visit] = visits(self._progress, travel, lambda step: bool(self._terms(step)))
+        weighty = guidance.active and any(term.weight for term in guidance.loss.terms())
+        if weighty and not any(self._terms(step) for step in range(len(solver))):
+            reached = ", ".join(f"{progress:.2f}" for progress in self._progress[-3:])
+            raise ValueError(
+                f"the loss acts at none of the {len(solver)} steps, the last ones at progress {reached}: "
+                "its window, or the guidance's, holds none of them"
+            )
         self.record = Record()
         self.record.settings = guidance.to_dict()
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)

@@ -95,7 +95,7 @@ def default_space() -> dict[str, Any]:
     """What is searched by default: the name of a setting -> an Optuna distribution.
 
     A name is a field of `Guidance`, or one within its `time_travel`, `augment` or `rule` after a dot ("rule.k").
-    `augment.copies` 0 is no augmentation, `time_travel.repeats` 1 no time travel.
+    `augment.copies` 0 is no augmentation, `time_travel.repeats` 1 or an empty window no time travel.
 
     Raises:
         ImportError: Optuna is not installed.
@@ -133,7 +133,9 @@ def with_settings(guidance: Guidance, settings: Mapping[str, Any]) -> Guidance:
     for part in {name.partition(".")[0] for name in settings if "." in name}:
         fields = changes[part]
         held = getattr(guidance, part) or _ABSENT[part]
-        absent = part == "augment" and fields.get("copies") == 0
+        window = [fields.get(end, getattr(held, end, None)) for end in ("start", "stop")]
+        empty = part == "time_travel" and window[0] >= window[1]
+        absent = empty or (part == "augment" and fields.get("copies") == 0)
         changes[part] = None if absent else dataclasses.replace(held, **fields)
     return guidance.replace(**changes)
 

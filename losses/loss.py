@@ -43,7 +43,8 @@ class Composable:
     def during(self, start: float, stop: float) -> Losses:
         """Act only while the sampling progress (0 at pure noise, 1 at the picture) is in [start, stop).
 
-        It takes the place of the windows that the terms had.
+        What progress is measured by, steps or noise, is the guidance's `clock`. The window takes the place of those
+        that the terms had.
         """
         if not 0 <= start < stop <= 1:
             raise ValueError(f"a window needs 0 <= start < stop <= 1, got {start}, {stop}")

@@ -78,8 +78,10 @@ class Solver:
         return {k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in vars(self.scheduler).items()}
 
     def return_to(self, state: dict[str, Any]) -> None:
-        """Undo every step since `remember`."""
+        """Undo every step since `remember`; the next one starts from the sample it is given, also by a corrector."""
         vars(self.scheduler).update({k: copy.copy(v) if isinstance(v, (list, dict)) else v for k, v in state.items()})
+        if getattr(self.scheduler, "last_sample", None) is not None:
+            self.scheduler.last_sample = None
 
 
 def reordered(state, order: torch.Tensor, batch: int):

@@ -25,6 +25,7 @@ from lossguide.guidance.steps import (
     Unit,
 )
 from lossguide.losses import Measurement, Term, operators
+from lossguide.losses.loss import as_losses
 from lossguide.samplers import Level, Solver, TimeTravel, denoiser, sample
 from models import Gaussian, tiny_unet, vp_scheduler
 
@@ -411,14 +412,44 @@ def test_gradients_survive_half_precision():
 def test_windows_are_measured_by_their_clock(tiny, clock):
     flow = denoiser(tiny.model, diffusers.FlowMatchEulerDiscreteScheduler())
     guidance = Guidance(squares, strength=0.1, stop=0.5, clock=clock, time_travel=TimeTravel(2, 0.3, 0.9))
-    steps = [(row["step"], row["progress"]) for row in sample(flow, guidance, steps=10).record.rows]
-    levels = Solver.of(flow.scheduler, 10).levels
-    progress = [i / 10 if clock == "steps" else min(levels[i].progress, 0.99) for i in range(10)]
-    again = [i for i, p in enumerate(progress) if 0.3 <= p < 0.5]
-    assert again == ([3, 4] if clock == "steps" else [1, 2][: len(again)]) and again
-    assert steps == [(i, p) for i, p in enumerate(progress) for _ in range(2 if i in again else 1)]
+    rows = sample(flow, guidance, steps=10).record.rows
+    steps = [(row["step"], row["progress"]) for row in rows if "loss" in row]
+    expected = [0.0, 0.1, 0.2, 0.3, 0.4] if clock == "steps" else [0.0, 0.36]  # DDPM's, with a noise share of 0.89
+    again = [3, 4] if clock == "steps" else [1]
+    assert [step for step, _ in steps] == [i for i in range(len(expected)) for _ in range(2 if i in again else 1)]
+    assert [progress for step, progress in dict(steps).items()] == pytest.approx(expected, abs=0.011)
     with pytest.raises(ValueError, match="clock is one of steps, noise"):
         Guidance(squares, clock="time")
+
+
+def test_the_noise_s_clock_starts_at_the_first_step_of_any_schedule(tiny):
+    scaled = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    solver = Solver.of(scaled, 20)
+    assert solver.levels[0].progress > 0.2
+    rows = sample(denoiser(tiny.model, scaled), recipes.auto(as_losses(squares).during(0, 0.1)), steps=20).record.rows
+    assert [row["progress"] for row in rows if "loss" in row][0] == 0
+    with pytest.raises(ValueError, match="acts at none of the 4 steps"):
+        sample(denoiser(tiny.model, scaled), recipes.dps(squares, start=0.9), steps=4)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_auto_s_windows_are_on_the_noise_s_clock(known):
+    loss = Measurement(lambda image: image, torch.zeros(1, 3, 8, 8), 0.1) if known else squares
+    guidance = recipes.auto(loss)
+    assert guidance.clock == "noise" and guidance.time_travel.repeats == 3 and (guidance.stop == 1.0) == known
+
+
+def test_a_corrector_goes_on_from_the_sample_that_time_travel_made(tiny):
+    """UniPC would start again from the sample before, and fresh noise would be lost."""
+    solver = Solver.of(diffusers.UniPCMultistepScheduler(beta_schedule="linear"), 8)
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = solver.step(torch.zeros_like(x), 0, x)
+    before = solver.remember()
+    solver.step(torch.zeros_like(x), 1, x)
+    solver.return_to(before)
+    one = solver.step(torch.zeros_like(x), 1, x)
+    solver.return_to(before)
+    assert (solver.step(torch.zeros_like(x), 1, x + 0.5) - one).abs().min() > 0.3
 
 
 def test_time_travel_only_where_a_loss_acts(tiny):
