@@ -54,7 +54,8 @@ class Run:
         self._toward_state: Any = None
         self._anchor: torch.Tensor | None = None
         self._population: Population | None = None
-        self._draws: bool | None = None
+        self._draws: bool | None = None  # the solver itself
+        self._random: bool | None = None if solver.keeps_shifts else False  # with what remixing adds
         self._levels = [level.preserving() for level in solver.levels]
 
     def needs_graph(self, visit: Visit) -> bool:
@@ -189,6 +190,7 @@ class Run:
             strength=guidance.strength,
             x0=place,
             drawn=drawn,
+            random=self._random,
         )
         goal, fine = g0, torch.isfinite(loss)
         if isinstance(guidance.toward, Inner):
@@ -328,7 +330,10 @@ class Run:
             prediction = _scored(x, prediction, score, level, solver.kind)
         x_next = solve(prediction, x)
         if late:
-            signal = replace(signal, landed=x_next.to(signal.x0.dtype) / wide)
+            landed = x_next.to(signal.x0.dtype) / wide
+            if self._random is None:
+                self._random = _drew(landed, signal.level, signal.next_level, signal.x0, signal.noise)
+            signal = replace(signal, landed=landed, random=self._random)
             move = self._move(signal, seen.fine, row)
             if twisted:
                 self._population.correct(_log_ratio(signal, move))
@@ -356,10 +361,8 @@ class Run:
             fine = x.to(torch.promote_types(x.dtype, torch.float32))
             exact = prediction.to(fine.dtype)
             noise, std = level.noise(exact, fine, kind), level.step_std(after)
-            if self._draws is None and bool((std > 0).all()):
-                # a deterministic solver's first step lands off the ancestral mean along the predicted noise
-                off = x_next - level.ancestral_mean(after, solver.clipped(level.x0(exact, fine, kind)), noise)
-                self._draws = bool((unit(off) * unit(noise)).flatten(1).sum(1).nanmedian() < 0.5)
+            if self._draws is None:
+                self._draws = _drew(x_next, level, after, solver.clipped(level.x0(exact, fine, kind)), noise)
             if self._draws is not False:
                 return x_next
             part = share
@@ -400,6 +403,17 @@ class _Seen:
 def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
     """The sum of two steps of which either may be missing."""
     return other if one is None else one if other is None else one + other
+
+
+def _drew(landed: torch.Tensor, level: Level, after: Level, x0: torch.Tensor, noise: torch.Tensor) -> bool | None:
+    """Whether a solver's step drew noise, by where it landed; None where no step would.
+
+    A deterministic solver's first step lands off the ancestral mean along the predicted noise.
+    """
+    if not bool((level.step_std(after) > 0).all()):
+        return None
+    off = landed - level.ancestral_mean(after, x0, noise)
+    return bool((unit(off) * unit(noise)).flatten(1).sum(1).nanmedian() < 0.5)
 
 
 def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ class Signal:
         at_x0: the gradient at x0, before it was pulled back through the denoiser.
         landed: where the solver's own step lands, or None where the rule has to be asked before it.
         drawn: the noise that was put on the anchor (edit "anchor"), else None.
+        random: whether the solver draws noise, where that is known.
     """
 
     gradient: torch.Tensor
@@ -47,6 +48,7 @@ class Signal:
     at_x0: torch.Tensor | None = None
     landed: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
+    random: bool | None = None
 
 
 class UnsuitableSolver(ValueError):
@@ -201,7 +203,8 @@ class NoiseScaled(StepRule):
     Args:
         k: the share of the noise's length.
         fading: times `s_t`: the loss has fallen to its plateau long before the end, and steps of full length would then
-            only push details.
+            only push details. Also, `k` is then for 50 steps of a solver that draws noise: steps add up to as much when
+            there are more or (down to 20) fewer of them, and to half where no noise washes away what they did.
     """
 
     k: float = 0.2
@@ -210,7 +213,10 @@ class NoiseScaled(StepRule):
     def update(self, signal, state):
         radius = self.k * signal.gradient[0].numel() ** 0.5 * signal.level.step_std(signal.next_level)
         if self.fading:
-            radius = radius * signal.level.sigma
+            levels = signal.levels
+            steps = max(sum(not torch.equal(a.sigma, b.sigma) for a, b in zip(levels, levels[1:])), 1)  # Heun's repeat
+            share = min((50 / steps) ** 0.5, 1.6) * (0.5 if signal.random is False else 1.0)
+            radius = share * radius * signal.level.sigma
         return radius * unit(signal.gradient), state
 
 
