@@ -204,7 +204,7 @@ class NoiseScaled(StepRule):
         k: the share of the noise's length.
         fading: times `s_t`: the loss has fallen to its plateau long before the end, and steps of full length would then
             only push details. Also, `k` is then for 50 steps of a solver that draws noise: steps add up to as much when
-            there are more or (down to 20) fewer of them, and to half where no noise washes away what they did.
+            there are more or (down to 8) fewer of them, and to half where no noise washes away what they did.
     """
 
     k: float = 0.2
@@ -215,7 +215,7 @@ class NoiseScaled(StepRule):
         if self.fading:
             levels = signal.levels
             steps = max(sum(not torch.equal(a.sigma, b.sigma) for a, b in zip(levels, levels[1:])), 1)  # Heun's repeat
-            share = min((50 / steps) ** 0.5, 1.6) * (0.5 if signal.random is False else 1.0)
+            share = min((50 / steps) ** 0.5, 2.5) * (0.5 if signal.random is False else 1.0)
             radius = share * radius * signal.level.sigma
         return radius * unit(signal.gradient), state
 
