@@ -139,6 +139,9 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
         raise Problem(
             'there is nothing to aim at: give a prompt, such as "ankle boot", or --loss, such as class-label:9'
         )
+    strong = context.get_parameter_source("strength") == click.core.ParameterSource.COMMANDLINE
+    if run["tuned"] is not None and strong:
+        raise Problem("--tuned brings a strength of its own: leave out --strength")
     clip_model = clip_model or ("demo" if run["model"] == "demo" else "ViT-B-32")
     if prompt is not None and clip_model == "demo":
         _in_demo_world(prompt)
@@ -156,7 +159,7 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
         plain, _ = job.draw(None, prompt or "")
         before, after = job.mean_loss(guidance.loss, plain), job.mean_loss(guidance.loss, images)
         summary = f"loss {before:.4g} -> {after:.4g} (unguided -> guided, mean of {len(images)})"
-        label = prompt if prompt is not None else " + ".join(losses)
+        label = " + ".join([prompt, *losses] if prompt is not None else losses)
         blocks = [Block("unguided", plain), Block(f"guided: {label}", images)]
         results = {"loss": {"unguided": before, "guided": after}}
         job.write(folder, guidance, record, blocks, summary, results, clip_model=clip_model)
@@ -244,6 +247,8 @@ def restore(context: click.Context, photo, task, mask, degrade, resize, **option
             summary = f"{summary}; PSNR {told_psnr}"
         job.write(folder, guidance, record, blocks, summary, results)
         job.finish(folder, record, summary)
+        if residual > 3 * floor > 0:
+            job.say("The pictures do not fit the photo: take more --steps, or a --model of such pictures.")
 
 
 @main.command("recipes")

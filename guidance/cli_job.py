@@ -140,7 +140,8 @@ class Job:
         solver = type(self.model.scheduler).__name__
         run, last = self.run, self.seeds[-1]
         seeds = f"seed {last}" if len(self.seeds) == 1 else f"seeds {self.seeds[0]} to {last}"
-        summary = f"{summary}; {run['recipe']}, strength {run['strength']:g}, {run['steps']} steps, {solver}, {seeds}"
+        settings = f"strength {guidance.strength:g}{', tuned' if run.get('tuned') else ''}, {run['steps']} steps"
+        summary = f"{summary}; {run['recipe']}, {settings}, {solver}, {seeds}"
         contact_sheet(blocks, summary).save(folder / "sheet.png")
         record.save(folder / "record.json")
         record.plot(folder / "record.png")

@@ -27,7 +27,7 @@ SCHEDULERS = {
 """Short names of schedulers: the diffusers class, and what it is told besides the model's own scheduler's config."""
 
 _ETA = 1.0  # DDIM as stochastic as DDPM: guidance works best with it, and `sample` has the same default
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True)

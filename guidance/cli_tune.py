@@ -123,10 +123,11 @@ def tune_command(context: click.Context, prompt, losses, judge, trials, **run: A
     if tuned.settings == own.settings:
         click.echo(f"Nothing was better than {run['recipe']} as it is.")
     else:
-        if None in (fresh.own, fresh.best) or fresh.own - fresh.best < 2 * (fresh.error or 0):
+        doubtful = None in (fresh.own, fresh.best) or fresh.own - fresh.best < 2 * (fresh.error or 0)
+        if doubtful:
             click.echo("Fresh seeds do not confirm the gain: score more pictures, with --num-images.")
         click.echo("best: " + ", ".join(f"{name} {value}" for name, value in tuned.settings.items()))
-        click.echo(f"use it: {_generate(run, prompt, losses, folder)}")
+        click.echo(f"{'to use it all the same' if doubtful else 'use it'}: {_generate(run, prompt, losses, folder)}")
     click.echo(f"{folder / 'history.png'} and more beside it; to go on: {further}")
 
 

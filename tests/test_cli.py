@@ -275,6 +275,8 @@ BAD = {
     "no such device": (["generate", *BRIGHT, "--device", "cuda:99"], "there are cpu"),
     "not a device": (["generate", *BRIGHT, "--device", "gpu"], "there are cpu"),
     "no model, before the text's": (["generate", "a shoe", "--model", "./none"], "no folder './none'"),
+    "a mistyped model": (["generate", *BRIGHT, "--model", "dmeo"], "no folder 'dmeo'"),
+    "two strengths": (["generate", *BRIGHT, "--strength", "2", "--tuned", "own.py"], "leave out --strength"),
     "no model folder": (["generate", *BRIGHT, "--model", "./none"], "no folder './none'"),
     "a file as model": (["generate", *BRIGHT, "--model", "own.py"], "is a file"),
     "an empty folder as model": (["generate", *BRIGHT, "--model", "."], "model_index.json"),
