@@ -277,12 +277,10 @@ class Plan:
                 for work in self.works:
                     if recipe in BARE or not suits(recipe, work) or (recipe in leaders[work.name]) != leading:
                         continue
-                    best = self.search(work, recipe).best
-                    if best is not None and recipe != "auto":
-                        yield self.job(work, recipe, best, "fresh")
-                    yield self.job(work, recipe, {}, "fresh")
-                    if best is not None:
-                        yield self.job(work, recipe, best, "fresh")
+                    settings = ({}, self.search(work, recipe).best)
+                    for change in settings if recipe == "auto" else settings[::-1]:  # what is compared comes first
+                        if change is not None:
+                            yield self.job(work, recipe, change, "fresh")
 
     def leaders(self, work: Work) -> set[str]:
         """auto, and the best of the other recipes so far, which are the first to be measured on fresh pictures."""

@@ -115,8 +115,8 @@ def test_the_plan_searches_beyond_the_ends_of_a_grid_and_measures_nothing_twice(
     assert drawn[0] == ("dps", {}, "evaluation")
     assert [(change, which) for _, change, which in drawn[-3:]] == [
         ({"strength": 270.0}, "evaluation"),
-        ({}, "fresh"),
         ({"strength": 270.0}, "fresh"),
+        ({}, "fresh"),
     ]
     search = plan.search(one, "dps")
     assert search.best == {"strength": 270.0} and search.edge

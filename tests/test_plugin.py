@@ -11,8 +11,8 @@ from models import tiny_stable_diffusion, tiny_unet, vp_scheduler
 
 
 def auto(loss, **changes):
-    """The default, with a time travel of two visits."""
-    return recipes.auto(loss, time_travel=TimeTravel(2, 0.25, 0.75), **changes)
+    """The default, with a time travel of two visits in five steps of ten."""
+    return recipes.auto(loss, **{"time_travel": TimeTravel(2, 0.25, 0.75), "clock": "steps"} | changes)
 
 
 def squares(image):
@@ -132,9 +132,10 @@ def test_no_second_call_of_the_denoiser(stock):
     assert len(travelled.record.rows) == 15
 
 
-def test_the_plugin_and_the_librarys_own_loop_take_the_same_steps():
+@pytest.mark.parametrize("clock", ["steps", "noise"])
+def test_the_plugin_and_the_librarys_own_loop_take_the_same_steps(clock):
     pipe, options = ddim()
-    guidance = auto(squares)
+    guidance = auto(squares, clock=clock)
     own = sample(denoiser(pipe.unet, pipe.scheduler), guidance, steps=10, seeds=[1, 2]).images
     plugged = images(guide(pipe, guidance), dict(options, num_inference_steps=10, output_type="pt"), 1, 2)
     torch.testing.assert_close(own, plugged, rtol=0, atol=1e-5)
