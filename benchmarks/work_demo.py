@@ -134,7 +134,9 @@ def _overlap(which, images):
     return {"iou": overlap, **judged(images)}
 
 
-def _work(name: str, about: str, pictures, figure: str, size: float, needs_data: bool = True) -> Work:
+def _work(
+    name: str, about: str, pictures, figure: str, size: float, needs_data: bool = True, network: bool = True
+) -> Work:
     return Work(
         f"demo-{name}",
         f"{about}, demo model",
@@ -143,6 +145,7 @@ def _work(name: str, about: str, pictures, figure: str, size: float, needs_data:
         figure,
         higher=True,
         size=size,
+        network=network,
         batch=30,
         available=available if needs_data else lambda: True,
     )
@@ -157,8 +160,16 @@ WORKS = [
         _pictures(_brightness, _bright, shown=True),
         "hit",
         40.0,
+        network=False,
     ),
-    _work("mask", "The silhouette of a real picture", _pictures(_silhouette, _overlap, shown=True), "iou", 500.0),
+    _work(
+        "mask",
+        "The silhouette of a real picture",
+        _pictures(_silhouette, _overlap, shown=True),
+        "iou",
+        500.0,
+        network=False,
+    ),
     _work(
         "two",
         f"The class and the brightness of a real picture; a hit is of that class to the judge, and within {NEAR}",

@@ -437,6 +437,8 @@ def test_auto_s_windows_are_on_the_noise_s_clock(known):
     loss = Measurement(lambda image: image, torch.zeros(1, 3, 8, 8), 0.1) if known else squares
     guidance = recipes.auto(loss)
     assert guidance.clock == "noise" and guidance.time_travel.repeats == 3 and (guidance.stop == 1.0) == known
+    assert recipes.auto(Term(squares, augment=False) + Term(squares)).stop == 0.8
+    assert recipes.auto(Term(squares, augment=False)).stop == 1.0
 
 
 def test_a_corrector_goes_on_from_the_sample_that_time_travel_made(tiny):
