@@ -441,6 +441,47 @@ def test_auto_s_windows_are_on_the_noise_s_clock(known):
     assert recipes.auto(Term(squares, augment=False)).stop == 1.0
 
 
+class Seen(Constant):
+    """A step rule that remembers whether the solver was told to draw noise."""
+
+    def update(self, signal, state):
+        self.__dict__["random"] = signal.random
+        return super().update(signal, state)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "eta", "random"),
+    [
+        ("DDIMScheduler", 1.0, True),
+        ("DDIMScheduler", 0.0, False),
+        ("DDPMScheduler", 1.0, True),
+        ("EulerDiscreteScheduler", 1.0, False),
+        ("EulerAncestralDiscreteScheduler", 1.0, True),
+        ("DPMSolverMultistepScheduler", 1.0, False),
+        ("UniPCMultistepScheduler", 1.0, False),
+        ("FlowMatchEulerDiscreteScheduler", 1.0, False),
+    ],
+)
+def test_rules_are_told_whether_the_solver_draws_noise(tiny, scheduler, eta, random):
+    rule = Seen(0.01)
+    sample(denoiser(tiny.model, getattr(diffusers, scheduler)()), Guidance(squares, rule), steps=6, eta=eta)
+    assert rule.random is random
+
+
+def test_fading_steps_add_up_to_as_much_and_to_half_without_noise():
+    one, g = Level.of(0.6, 0.8), torch.ones(1, 1, 1, 2)
+    levels = {n: [Level.of(0.6, 0.8 - 0.001 * i) for i in range(n + 1)] for n in (4, 20, 50, 200)}
+
+    def length(steps, random):
+        signal = Signal(g, g[:, 0, 0, 0], g, one, Level.of(0.8, 0.6), levels=levels[steps], random=random)
+        return NoiseScaled(0.2, fading=True).update(signal, None)[0].norm().item()
+
+    own = length(50, True)
+    assert length(50, None) == own > 0
+    assert length(200, True) == pytest.approx(own / 2) and length(20, True) == pytest.approx(own * 2.5**0.5)
+    assert length(4, True) == pytest.approx(own * 2.5) and length(50, False) == pytest.approx(own / 2)
+
+
 def test_a_corrector_goes_on_from_the_sample_that_time_travel_made(tiny):
     """UniPC would start again from the sample before, and fresh noise would be lost."""
     solver = Solver.of(diffusers.UniPCMultistepScheduler(beta_schedule="linear"), 8)
