@@ -214,8 +214,9 @@ class NoiseScaled(StepRule):
         radius = self.k * signal.gradient[0].numel() ** 0.5 * signal.level.step_std(signal.next_level)
         if self.fading:
             levels = signal.levels
-            steps = max(sum(not torch.equal(a.sigma, b.sigma) for a, b in zip(levels, levels[1:])), 1)  # Heun's repeat
-            share = min((50 / steps) ** 0.5, 2.5) * (0.5 if signal.random is False else 1.0)
+            if state is None:  # counted once; Heun's half-steps, which stay at a level, are none
+                state = max(sum(not torch.equal(a.sigma, b.sigma) for a, b in zip(levels, levels[1:])), 1)
+            share = min((50 / state) ** 0.5, 2.5) * (0.5 if signal.random is False else 1.0)
             radius = share * radius * signal.level.sigma
         return radius * unit(signal.gradient), state
 
