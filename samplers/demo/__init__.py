@@ -17,5 +17,5 @@ def load_demo(
     """The demo's denoiser, DDIM over its own noise schedule; about 11 MB in memory, nothing is downloaded."""
     from diffusers import DDIMScheduler, UNet2DModel
 
-    unet = UNet2DModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).eval()
+    unet = UNet2DModel.from_pretrained(folder / "unet", torch_dtype=dtype, low_cpu_mem_usage=False).to(device).eval()
     return denoiser(unet, DDIMScheduler.from_pretrained(folder / "scheduler"))
