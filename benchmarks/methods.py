@@ -1,9 +1,9 @@
 """Every recipe on ten pairs of a model and a task: at its default strength, and at the best of a grid.
 
-Strengths are searched on some pictures, with the denoiser in bfloat16, which is twice as fast; default and best are
-measured on others in float32, and once more, for error bars, on fresh ones. One row per run goes to
-`results/methods.jsonl` as soon as it is measured, and no run is repeated. Several processes started with the same
-command share the work.
+Strengths are searched on some pictures; default and best are measured on others, and once more, for error bars, on
+fresh ones. The denoiser runs in float32 for the figures that are compared with others' code, in bfloat16 elsewhere,
+which is twice as fast. One row per run goes to `results/methods.jsonl` as soon as it is measured, and no run is
+repeated. Several processes started with the same command share the work.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """The denoiser's precision."""
-        return torch.bfloat16 if self.which == "search" else torch.float32
+        return torch.float32 if self.which == "evaluation" else torch.bfloat16
 
     @functools.cached_property
     def seeds(self) -> list[int]:
