@@ -45,6 +45,8 @@ class Augment:
     chunk: int = 128
 
     def __post_init__(self) -> None:
+        for name in ("scale", "saturation", "contrast"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.copies < 1 or self.chunk < 1:
             raise ValueError(f"augmentation needs copies >= 1 and chunk >= 1, got {self.copies} and {self.chunk}")
 
@@ -53,12 +55,23 @@ class Augment:
         """Shifts, resizes and small turns only: content and colour stay."""
         return cls(copies, degrees=10.0, brightness=0.0, saturation=(1, 1), contrast=(1, 1), cutout=0.0, chunk=chunk)
 
+    @staticmethod
+    def suits(image: torch.Tensor) -> bool:
+        """Whether these are pictures or videos in colour; sound and spectrograms are left alone."""
+        return image.dim() in (4, 5) and image.shape[-3] == 3
+
     def draw(self, sources: list[torch.Generator]) -> torch.Tensor:
         """Uniform numbers `(copies, B, n)` for one step, from the generator of each sample."""
         return rand((self.copies, _DRAWS), sources).transpose(0, 1)
 
     def apply(self, image: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Change images `(B, 3, H, W)` by draws `(B, n)` from `draw`; differentiable, never clamped."""
+        """Change images `(B, 3, H, W)` by draws `(B, n)` from `draw`; differentiable, never clamped.
+
+        The frames of a video `(B, F, 3, H, W)` are changed alike.
+        """
+        if image.dim() == 5:
+            frames = self.apply(image.flatten(0, 1), draws.repeat_interleave(image.shape[1], 0))
+            return frames.unflatten(0, image.shape[:2])
         from kornia.geometry.transform import get_affine_matrix2d, warp_affine
 
         u = draws.to(image)

@@ -21,7 +21,7 @@ def loss_gradient(
     Terms that augmentation suits are averaged over the copies that `draws` describe, the others see the picture itself.
 
     Args:
-        image: `(B, 3, H, W)`.
+        image: `(B, 3, H, W)`, or what else the losses see.
         terms: what to sum; see `lossguide.losses.Term`.
         augment: the augmentation, or None.
         draws: `(K, B, n)` from `augment.draw`.
@@ -45,7 +45,11 @@ def loss_gradient(
         share = 1.0 if part is None else copies / len(draws)
         with torch.set_grad_enabled(gradient):
             leaf = image.detach().requires_grad_(gradient)
-            seen = leaf if part is None else augment.apply(leaf.repeat(copies, 1, 1, 1), part.flatten(0, 1))
+            seen = (
+                leaf
+                if part is None
+                else augment.apply(leaf.repeat(copies, *[1] * (leaf.dim() - 1)), part.flatten(0, 1))
+            )
             weighted = 0.0
             for term in group:
                 value = term(seen).view(copies, batch).mean(0)

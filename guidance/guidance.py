@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -214,3 +215,69 @@ class Guidance:
     def to_json(self) -> str:
         """The description as JSON text."""
         return json.dumps(self.to_dict(), indent=1)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, losses: bool = True) -> None:
+        """Write all there is to know into a folder: `guidance.json`, and tensors to `guidance.safetensors`.
+
+        Reference pictures are stored, and the paths that they were read from as their names. Networks are not, only
+        where they come from: 'demo', a name of open_clip, or the path of a local file or folder as it was given.
+
+        Args:
+            losses: whether to store the losses; without them, `from_pretrained` is given some.
+
+        Raises:
+            ValueError: a loss, network, operator, rule or projection is not the library's own, but code of yours.
+        """
+        from .saved import save
+
+        save(self, folder, losses)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        loss: Composable | Callable[[torch.Tensor], torch.Tensor] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Guidance:
+        """What `save_pretrained` or `push_to_hub` stored; no code is taken from the files.
+
+        Networks come from where their names say; those with open_clip's 'hf-hub:' are downloaded.
+
+        Args:
+            name: a folder here, or else a repository of the Hugging Face Hub.
+            loss: takes the place of the stored loss.
+            revision, token, cache_dir, local_files_only: of the Hub, as in diffusers.
+
+        Raises:
+            ValueError: a file is missing, newer or damaged, or holds what is not known; or a loss is needed.
+            OSError: neither a folder nor a repository that can be had; or a network's weights cannot.
+        """
+        from .saved import load
+
+        return load(name, loss, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        losses: bool = True,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload guidance",
+    ) -> Any:
+        """Save to a repository of the Hugging Face Hub, made where there is none; returns the Hub's commit.
+
+        Args:
+            losses: as in `save_pretrained`.
+            private, token, commit_message: of the Hub, as in diffusers.
+
+        Raises:
+            ValueError: as in `save_pretrained`.
+        """
+        from .saved import push
+
+        return push(self, repo_id, losses, private, token, commit_message)

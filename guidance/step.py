@@ -17,6 +17,7 @@ from ..samplers.time_travel import Visit, visits
 from .gradient import loss_gradient, pulled_back
 from .guidance import Guidance, Inner
 from .particles import Population
+from .preview import Preview
 from .smoothing import smoothed
 from .steps import Signal, UnsuitableSolver, norm, per_sample, unit
 
@@ -47,6 +48,7 @@ class Run:
             )
         self.record = Record()
         self.record.settings = guidance.to_dict()
+        self.preview: Preview | None = None
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)
         self._sources: list[torch.Generator] | None = None
         self._state: Any = None
@@ -104,6 +106,10 @@ class Run:
         terms = self._terms(visit.step)
         seen = self._look(x, prediction, terms, visit.step, row) if terms else None
         x, prediction = x.detach(), prediction.detach()
+        if self.preview is not None and self.preview.due(len(self.record.rows)):
+            with torch.no_grad():
+                fine = torch.promote_types(x.dtype, torch.float32)
+                self.preview(self.decode(level.x0(prediction.to(fine), x.to(fine), solver.kind)), row)
         if seen is not None and seen.order is not None:
             x, prediction = x[seen.order], prediction[seen.order]
             solver.reorder(seen.order, len(x))
@@ -233,13 +239,18 @@ class Run:
         with torch.set_grad_enabled(gradient):
             leaf = x0.detach().requires_grad_(gradient)
             image = self.decode(leaf)
+        if gradient and not image.requires_grad:
+            raise ValueError(
+                "the decoder is not differentiable: what it returns does not depend on the latents through torch "
+                "operations; pass a differentiable decode, or an autoencoder (guide(..., vae=AutoencoderTiny...))"
+            )
         seen = image.detach()
         seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
         draws = None
-        if gradient and guidance.augment is not None and any(term.augment for term in terms):
-            draws = guidance.augment.draw(self._sources)
-        augment = None if draws is None else guidance.augment
-        g, loss, values = loss_gradient(seen, terms, augment, draws, gradient=gradient)
+        augment = guidance.augment
+        if gradient and augment is not None and augment.suits(seen) and any(term.augment for term in terms):
+            draws = augment.draw(self._sources)
+        g, loss, values = loss_gradient(seen, terms, None if draws is None else augment, draws, gradient=gradient)
         if g is not None:
             g = pulled_back(image, leaf, g)
         return g, loss, values

@@ -66,6 +66,7 @@ class ClassLabel(Loss):
             "label": self.labels[0].item() if single else self.labels.tolist(),
             "classifier": describe_network(classifier),
         }
+        self.arguments = self.settings | {"classifier": classifier, "mean": mean, "std": std, "size": size}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         logits = logits_of(self.network(image))

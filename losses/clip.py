@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .images import Picture, digest, read_image
+from .images import Picture, digest, keep, read_image
 from .loss import Loss
 from .network import FrozenNetwork, per_image
 
@@ -111,7 +111,10 @@ def _load_clip(model: str, pretrained: str | None) -> Clip:
         network = open_clip.create_model(
             model, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
         )
-        tokenizer = open_clip.get_tokenizer(model)
+        text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+        # a model's folder or repository may ask for code of its own to be run
+        safe = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+        tokenizer = open_clip.get_tokenizer(model, **safe)
     except Exception as error:
         weights = f" with '{pretrained}'" if pretrained else ""
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
@@ -189,6 +192,7 @@ class ClipText(_ClipLoss):
             raise ValueError("a list of prompts must not be empty")
         self.target = F.normalize(self.clip.embed_text(prompts), dim=-1)
         self.settings = {"prompt": prompt if isinstance(prompt, str) else prompts, **self.settings}
+        self.arguments = self.settings
 
 
 class ClipImage(_ClipLoss):
@@ -216,6 +220,8 @@ class ClipImage(_ClipLoss):
         distance: str = "cosine",
     ):
         super().__init__(model, pretrained, distance)
+        picture = keep(picture)
         with torch.no_grad():
             self.target = F.normalize(self.clip.embed(read_image(picture)[None]), dim=-1)
         self.settings = {"picture": digest(picture), **self.settings}
+        self.arguments = self.settings | {"picture": picture}

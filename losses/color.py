@@ -10,11 +10,11 @@ from typing import TypeAlias
 import torch
 from PIL import Image, ImageColor
 
-from .images import digest, read_image
+from .images import Picture, Pixels, digest, keep, read_image
 from .loss import Loss
 from .network import distance
 
-ColorLike: TypeAlias = "str | Sequence[float] | torch.Tensor"
+ColorLike: TypeAlias = str | Sequence[float] | torch.Tensor
 
 # linear sRGB -> XYZ (D65), divided by the white point
 _XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -62,13 +62,16 @@ class Color(Loss):
 
     def __init__(
         self,
-        target: ColorLike | Sequence[ColorLike] | os.PathLike[str] | Image.Image,
+        target: ColorLike | Sequence[ColorLike] | Picture,
         *,
         shares: Sequence[float] | None = None,
     ):
-        colors = _picture_colors(target)
-        single = colors is None and _is_color(target)
-        if colors is None:
+        picture = _is_picture(target)
+        single = not picture and _is_color(target)
+        if picture:
+            target = keep(target)
+            colors = _picture_colors(target)
+        else:
             colors = torch.stack([_color(one) for one in ([target] if single else target)])
         self.single = single
         self.target = rgb_to_lab(colors)
@@ -81,10 +84,11 @@ class Color(Loss):
         self.directions = bases.reshape(24, 3)  # eight orthonormal bases, so that no axis counts more than another
         self._kept: torch.Tensor | None = None
         plain = target.tolist() if isinstance(target, torch.Tensor) and target.ndim < 3 else target
-        plain = plain if isinstance(plain, (str, os.PathLike, torch.Tensor, Image.Image)) else list(plain)
+        plain = plain if picture or isinstance(plain, str) else list(plain)
         self.settings = {"target": [digest(c) for c in plain] if isinstance(plain, list) else digest(plain)}
         if shares is not None:
             self.settings["shares"] = [float(s) for s in shares]
+        self.arguments = self.settings | {"target": plain}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         lab = rgb_to_lab(image.flatten(2).transpose(1, 2))  # (B, pixels, 3)
@@ -128,12 +132,14 @@ def _color(color: ColorLike) -> torch.Tensor:
     return value
 
 
-def _picture_colors(target: object, most: int = 65536) -> torch.Tensor | None:
-    if isinstance(target, str) and not (Path(target).suffix and not target.startswith(("#", "rgb", "hs"))):
-        return None
-    if not isinstance(target, (str, os.PathLike, Image.Image)) and not (
-        isinstance(target, torch.Tensor) and target.ndim >= 3
-    ):
-        return None
-    colors = read_image(target).flatten(1).T
+def _is_picture(target: object) -> bool:
+    if isinstance(target, str):
+        return bool(Path(target).suffix) and not target.startswith(("#", "rgb", "hs"))
+    if isinstance(target, torch.Tensor):
+        return target.ndim >= 3
+    return isinstance(target, (os.PathLike, Image.Image, Pixels))
+
+
+def _picture_colors(picture: Picture, most: int = 65536) -> torch.Tensor:
+    colors = read_image(picture).flatten(1).T
     return colors[:: -(-len(colors) // most)]

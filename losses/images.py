@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +12,33 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | torch.Tensor"
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """What a loss keeps of a picture that was read, so that it can be saved without the file.
+
+    Args:
+        values: `(3, H, W)`, uint8, or floats in [0, 1] where eight bits do not hold them.
+        path: of the file that they were read from, if any; it names the picture in records.
+    """
+
+    values: torch.Tensor
+    path: str | None = None
+
+
+Picture: TypeAlias = str | os.PathLike[str] | Image.Image | torch.Tensor | Pixels
+
+
+def keep(picture: Picture) -> torch.Tensor | Pixels:
+    """A picture in memory, whatever becomes of its file or tensor; `read_image` reads it. Errors as there."""
+    if isinstance(picture, torch.Tensor):
+        return picture.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(picture, Pixels):
+        return picture
+    values = read_image(picture).contiguous()
+    small = (255 * values).round().byte()
+    path = None if isinstance(picture, Image.Image) else os.fspath(picture)
+    return Pixels(small if torch.equal(small.float() / 255, values) else values, path)
 
 
 def read_image(picture: Picture) -> torch.Tensor:
@@ -26,6 +53,8 @@ def read_image(picture: Picture) -> torch.Tensor:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a picture that Pillow can read, or the tensor has another shape.
     """
+    if isinstance(picture, Pixels):
+        picture = picture.values.float() / 255 if picture.values.dtype == torch.uint8 else picture.values
     if isinstance(picture, torch.Tensor):
         if picture.ndim == 4 and len(picture) == 1:
             picture = picture[0]
@@ -63,7 +92,9 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 def digest(value: Any) -> Any:
     """A path as text; a tensor or a picture as its shape and the first digits of its SHA-1. Plain data for JSON."""
-    if isinstance(value, Image.Image):
+    if isinstance(value, Pixels) and value.path is not None:
+        return value.path
+    if isinstance(value, (Image.Image, Pixels)):
         value = read_image(value)
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous()

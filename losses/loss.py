@@ -59,12 +59,14 @@ class Loss(Composable):
         augment: whether random augmentation suits the loss: yes where a network judges, no where pixels must match.
         floor: the loss of a perfect picture where it is known (a measurement's noise level), else None.
         settings: plain data (strings, numbers, lists) that describe the loss in records and JSON files.
+        arguments: what the constructor takes to make the loss again, by which the library's own losses are saved.
     """
 
     name: str = ""
     augment: bool = True
     floor: float | torch.Tensor | None = None
     settings: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} must define __call__(image) -> (B,)")
@@ -143,6 +145,7 @@ class Losses(Composable):
 
     def __init__(self, terms: tuple[Term, ...]):
         self._unnumbered = tuple(terms)
+        self.arguments = {"terms": self._unnumbered}
         names = [term.name for term in terms]
         seen: dict[str, int] = {}
         numbered = []

@@ -35,6 +35,8 @@ class Measurement(Loss):
     augment = False
 
     def __init__(self, operator: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, sigma: float = 0.0):
+        if not callable(operator):
+            raise TypeError(f"an operator is a callable (images) -> measurements, got {operator!r}")
         if not sigma >= 0:
             raise ValueError(f"sigma is a standard deviation, not negative, got {sigma!r}")
         self.operator, self.sigma = operator, float(sigma)
@@ -47,6 +49,7 @@ class Measurement(Loss):
         self.floor = floor[0].item() if (counts == counts[0]).all() else floor
         described = operator.describe() if isinstance(operator, LinearOperator) else describe_network(operator)
         self.settings: dict[str, Any] = {"operator": described, "y": digest(self.y), "sigma": float(sigma)}
+        self.arguments = self.settings | {"operator": operator, "y": self.y}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         return distance(self.residual(image))

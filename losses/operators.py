@@ -15,8 +15,11 @@ class LinearOperator:
     """Base class: define `__call__`, and where they differ or are cheaper, the other methods.
 
     `<A(x), y> = <x, A.adjoint(y, x.shape)>` for all x, y. Operators with a pseudo-inverse also have
-    `pseudo_inverse(y)`, for which `A(A.pseudo_inverse(y)) = y` for every y that A can give.
+    `pseudo_inverse(y)`, for which `A(A.pseudo_inverse(y)) = y` for every y that A can give. `arguments` is what the
+    constructor takes to make the operator again, by which the library's own are saved.
     """
+
+    arguments: dict[str, Any] = {}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} must define __call__(image) -> measurement")
@@ -59,6 +62,7 @@ class Inpaint(LinearOperator):
         if not mask.any():
             raise ValueError("the mask shows nothing: 1 = observed, 0 = to be filled in")
         self.mask = mask.detach().to(torch.get_default_dtype())
+        self.arguments = {"mask": self.mask.bool()}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         mask = self.mask.to(image)
@@ -90,6 +94,7 @@ class SuperResolution(LinearOperator):
         if not isinstance(factor, int) or factor < 1:
             raise ValueError(f"factor is a whole number of pixels, at least 1, got {factor!r}")
         self.factor = factor
+        self.arguments = {"factor": factor}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[-2:]
@@ -121,6 +126,7 @@ class GaussianBlur(LinearOperator):
         if not sigma > 0:
             raise ValueError(f"sigma is positive, got {sigma!r}")
         self.kernel_size, self.sigma = kernel_size, float(sigma)
+        self.arguments = {"kernel_size": kernel_size, "sigma": self.sigma}
         offsets = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
         weights = torch.exp(-0.5 * (offsets / self.sigma) ** 2)
         self.kernel = weights / weights.sum()

@@ -62,6 +62,7 @@ class Segmentation(Loss):
                 f"got {target.dtype} {tuple(target.shape)}"
             )
         self.target = target
+        self.arguments = {"network": network, "target": target, "mean": mean, "std": std, "size": size}
 
     def _scores(self, image: torch.Tensor) -> torch.Tensor:
         scores = logits_of(self.network(image))

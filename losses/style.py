@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .clip import DEFAULT_MODEL, DEFAULT_PRETRAINED, load_clip
-from .images import Picture, digest, read_image
+from .images import Picture, digest, keep, read_image
 from .loss import Loss
 from .network import IMAGENET_MEAN, IMAGENET_STD, FrozenNetwork, describe_network
 
@@ -59,8 +59,8 @@ class Style(Loss):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
+        picture = keep(picture)
         self.settings = {"picture": digest(picture), "backbone": describe_network(backbone)}
-        picture = read_image(picture)
         if backbone == "vgg16":
             layers = tuple(VGG16_LAYERS if layers is None else layers)
             self.network = FrozenNetwork(
@@ -82,8 +82,9 @@ class Style(Loss):
         else:
             self.network = FrozenNetwork(backbone, size=size, mean=mean, std=std)
         self.settings["size"] = self.network.size
+        self.arguments = self.settings | {"picture": picture, "backbone": backbone}
         with torch.no_grad():
-            self.targets = self._grams(picture[None])
+            self.targets = self._grams(read_image(picture)[None])
 
     def _grams(self, image: torch.Tensor) -> list[torch.Tensor]:
         maps = self.network(image)

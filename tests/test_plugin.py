@@ -184,17 +184,26 @@ def test_what_cannot_be_guided_is_told():
         guide(pipe, squares)
 
 
-def test_pipelines_that_start_in_the_middle_are_told_and_left_as_found():
-    from diffusers import StableDiffusionImg2ImgPipeline
+class CutsItsSchedule(DDIMPipeline):
+    """A pipeline that starts in the middle of its schedule without saying where."""
 
-    pipe = StableDiffusionImg2ImgPipeline(**tiny_stable_diffusion().components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    options = dict(prompt="a b", image=torch.rand(1, 3, 16, 16), strength=0.5, num_inference_steps=10)
-    pipe(**options)
+    def __call__(self, generator, num_inference_steps):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.randn(1, 3, 8, 8, generator=generator)
+        for t in self.scheduler.timesteps[3:]:
+            x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+        return x
+
+
+def test_a_pipeline_that_cuts_its_schedule_by_itself():
+    pipe = CutsItsSchedule(**ddim()[0].components)
     before = state(pipe)
-    with pytest.raises(ValueError, match="starts in the middle"):
-        guide(pipe, auto(squares))(**options)
+    with pytest.raises(ValueError, match="time_travel=None"):
+        guide(pipe, auto(squares))(torch.Generator().manual_seed(0), 10)
     assert state(pipe) == before
+    guided = guide(pipe, auto(squares, time_travel=None))
+    guided(torch.Generator().manual_seed(0), 10)
+    assert [row["step"] for row in guided.record.rows] == list(range(3, 10))
 
 
 def test_the_callers_latents_are_not_touched():

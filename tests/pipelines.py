@@ -1,0 +1,450 @@
+"""Tiny stock diffusers pipelines of random weights, by name, and what to ask each of them for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from models import tiny_stable_diffusion, tiny_unet, vp_scheduler
+from tiny import (
+    TEXT,
+    Options,
+    audio_unet,
+    audio_unet_2,
+    aura_transformer,
+    autoencoder,
+    clip_text,
+    clip_tokenizer,
+    controlnet,
+    dit_transformer,
+    flow_autoencoder,
+    flux_transformer,
+    grids,
+    ip_adapter,
+    labels,
+    ltx_autoencoder,
+    ltx_transformer,
+    masks,
+    negatives,
+    noise,
+    options,
+    photos,
+    pixart_transformer,
+    prompts,
+    qwen_autoencoder,
+    qwen_transformer,
+    sana_autoencoder,
+    sana_transformer,
+    sd3_transformer,
+    sdxl_unet,
+    sound_autoencoder,
+    sound_projection,
+    sound_transformer,
+    t5,
+    text_options,
+    text_unet,
+    vocoder,
+    vq_autoencoder,
+    wan_autoencoder,
+    wan_transformer,
+    word_tokenizer,
+    z_transformer,
+)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A pipeline of random weights: how to build it, and how to ask it for `batch` pictures from number `first` on."""
+
+    name: str
+    build: Callable[[], DiffusionPipeline]
+    options: Options
+    output: str = "images"
+    kind: str = "image"
+
+    def result(self, output) -> torch.Tensor:
+        """The pictures, videos or sounds of what the pipeline returned, as one tensor, channels before rows."""
+        made = getattr(output, self.output)
+        return made if isinstance(made, torch.Tensor) else torch.from_numpy(made).movedim(-1, 1)
+
+
+PIPELINES: dict[str, Tiny] = {}
+
+
+def listed(name: str, options: Options, **about) -> Callable:
+    """Lists a function that makes a pipeline; listed, it is seeded and leaves the caller's random numbers alone."""
+
+    def enter(make: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+        @functools.wraps(make)
+        def build() -> DiffusionPipeline:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                pipe = make()
+            for part in pipe.components.values():
+                if isinstance(part, torch.nn.Module):
+                    part.eval()
+            for one in (pipe, *vars(pipe).values()):
+                if isinstance(one, DiffusionPipeline):
+                    one.set_progress_bar_config(disable=True)
+            return pipe
+
+        PIPELINES[name] = Tiny(name, build, options, **about)
+        return make
+
+    return enter
+
+
+def count(batch: int, first: int = 0) -> int:
+    return batch
+
+
+@listed("ddpm", options(batch_size=count, num_inference_steps=5, output_type="pt"))
+def ddpm() -> DiffusionPipeline:
+    return diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler())
+
+
+@listed("ddim", options(batch_size=count, num_inference_steps=5, eta=0.5, output_type="pt"))
+def ddim() -> DiffusionPipeline:
+    return diffusers.DDIMPipeline(tiny_unet(), vp_scheduler(clip_sample=True))
+
+
+@listed("ldm", options(batch_size=count, num_inference_steps=5, output_type="np"))
+def ldm() -> DiffusionPipeline:
+    """It returns arrays, never tensors."""
+    return diffusers.LDMPipeline(vq_autoencoder(), tiny_unet(), vp_scheduler(beta_schedule="scaled_linear"))
+
+
+@listed("sd", text_options())
+def sd() -> DiffusionPipeline:
+    return tiny_stable_diffusion()
+
+
+def sd_as(kind: type[DiffusionPipeline], **parts) -> DiffusionPipeline:
+    """The parts of Stable Diffusion, some exchanged, in another of its pipelines."""
+    return kind(**(tiny_stable_diffusion().components | parts), requires_safety_checker=False)
+
+
+@listed("sd-img2img", text_options(None, image=photos(), strength=0.75))
+def sd_img2img() -> DiffusionPipeline:
+    return sd_as(diffusers.StableDiffusionImg2ImgPipeline)
+
+
+@listed("sd-inpaint", text_options(image=photos(), mask_image=masks()))
+def sd_inpaint() -> DiffusionPipeline:
+    return sd_as(diffusers.StableDiffusionInpaintPipeline)
+
+
+@listed("sd-inpaint-9", text_options(image=photos(), mask_image=masks()))
+def sd_inpaint_9() -> DiffusionPipeline:
+    """Its U-Net sees the mask and what is left of the picture, too."""
+    return sd_as(diffusers.StableDiffusionInpaintPipeline, unet=text_unet(9))
+
+
+@listed("sd-controlnet", text_options(image=photos()))
+def sd_controlnet() -> DiffusionPipeline:
+    return sd_as(diffusers.StableDiffusionControlNetPipeline, controlnet=controlnet())
+
+
+def shown(batch: int, first: int = 0) -> list[torch.Tensor]:
+    """What the adapter is shown, the same beside every prompt: nothing, for the unguided half, and one embedding."""
+    seen = noise(1, 16)(1)
+    return [torch.cat([torch.zeros_like(seen), seen])]
+
+
+@listed("sd-ip-adapter", text_options(ip_adapter_image_embeds=shown))
+def sd_ip_adapter() -> DiffusionPipeline:
+    pipe = tiny_stable_diffusion()
+    pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+    return pipe
+
+
+@listed("lcm", text_options())
+def lcm() -> DiffusionPipeline:
+    """Told how strongly to guide, it draws noise at each step."""
+    unet, scheduler = text_unet(time_cond_proj_dim=16), diffusers.LCMScheduler(beta_schedule="scaled_linear")
+    return sd_as(diffusers.LatentConsistencyModelPipeline, unet=unet, scheduler=scheduler)
+
+
+def sdxl_parts() -> dict:
+    return dict(
+        vae=autoencoder(scaling_factor=0.13025),
+        text_encoder=clip_text(),
+        text_encoder_2=clip_text(projected=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=sdxl_unet(),
+        scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
+    )
+
+
+@listed("sdxl", text_options())
+def sdxl() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLPipeline(**sdxl_parts(), add_watermarker=False)
+
+
+@listed("sdxl-img2img", text_options(None, image=photos(), strength=0.75))
+def sdxl_img2img() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLImg2ImgPipeline(**sdxl_parts(), add_watermarker=False)
+
+
+@listed("sdxl-turbo", text_options(num_inference_steps=2, guidance_scale=0.0))
+def sdxl_turbo() -> DiffusionPipeline:
+    """Two steps of a solver that draws noise, unguided."""
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
+    return diffusers.StableDiffusionXLPipeline(**(sdxl_parts() | dict(scheduler=scheduler)), add_watermarker=False)
+
+
+def sd3_parts() -> dict:
+    return dict(
+        transformer=sd3_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=flow_autoencoder(),
+        text_encoder=clip_text(projected=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text(projected=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=word_tokenizer(),
+    )
+
+
+@listed("sd3", text_options(max_sequence_length=TEXT))
+def sd3() -> DiffusionPipeline:
+    return diffusers.StableDiffusion3Pipeline(**sd3_parts())
+
+
+@listed("sd3-img2img", text_options(image=photos(), strength=0.75, max_sequence_length=TEXT))
+def sd3_img2img() -> DiffusionPipeline:
+    return diffusers.StableDiffusion3Img2ImgPipeline(**sd3_parts())
+
+
+def flux_parts(extra: int = 0, text: int = TEXT) -> dict:
+    """`extra` channels beside the latents, prompts of up to `text` tokens."""
+    return dict(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=flow_autoencoder(),
+        text_encoder=clip_text(length=text),
+        tokenizer=clip_tokenizer(text),
+        text_encoder_2=t5(),
+        tokenizer_2=word_tokenizer(text),
+        transformer=flux_transformer(extra),
+    )
+
+
+@listed("flux", text_options(max_sequence_length=TEXT))
+def flux() -> DiffusionPipeline:
+    return diffusers.FluxPipeline(**flux_parts())
+
+
+@listed("flux-cfg", text_options(max_sequence_length=TEXT, negative_prompt=negatives, true_cfg_scale=3.0))
+def flux_cfg() -> DiffusionPipeline:
+    """Guided away from a negative prompt, too, by a second call of the network."""
+    return diffusers.FluxPipeline(**flux_parts())
+
+
+@listed("flux-img2img", text_options(image=photos(), strength=0.75, max_sequence_length=TEXT))
+def flux_img2img() -> DiffusionPipeline:
+    return diffusers.FluxImg2ImgPipeline(**flux_parts())
+
+
+FILLED = 16 + 16  # the packed latents of the picture around the hole, and the packed pixels of its mask
+
+
+@listed("flux-fill", text_options(image=photos(), mask_image=masks(), max_sequence_length=TEXT))
+def flux_fill() -> DiffusionPipeline:
+    return diffusers.FluxFillPipeline(**flux_parts(FILLED))
+
+
+@listed("flux-kontext", text_options(image=photos(), max_area=16 * 16, _auto_resize=False, max_sequence_length=TEXT))
+def flux_kontext() -> DiffusionPipeline:
+    return diffusers.FluxKontextPipeline(**flux_parts())
+
+
+LONG = 128  # the layout is told in words that the tiny tokenizers spell out
+
+
+def cloze_options(**values) -> Options:
+    return text_options(None, prompt=None, task_prompt=prompts, content_prompt=prompts, image=grids(), **values)
+
+
+@listed("visualcloze", cloze_options(max_sequence_length=LONG))
+def visualcloze() -> DiffusionPipeline:
+    return diffusers.VisualClozeGenerationPipeline(**flux_parts(FILLED, LONG), resolution=16)
+
+
+@listed("visualcloze-upsampled", cloze_options(max_sequence_length=LONG, upsampling_height=32, upsampling_width=32))
+def visualcloze_upsampled() -> DiffusionPipeline:
+    """What it made, as eight-bit pictures, is enlarged by a second run of the same network."""
+    return diffusers.VisualClozePipeline(**flux_parts(FILLED, LONG), resolution=16)
+
+
+@listed("pixart", text_options(max_sequence_length=TEXT, clean_caption=False, use_resolution_binning=False))
+def pixart() -> DiffusionPipeline:
+    return diffusers.PixArtSigmaPipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=t5(),
+        vae=autoencoder(scaling_factor=0.13025),
+        transformer=pixart_transformer(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+@listed("sana", text_options(32, use_resolution_binning=False, complex_human_instruction=[], max_sequence_length=TEXT))
+def sana() -> DiffusionPipeline:
+    return diffusers.SanaPipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=t5(),
+        vae=sana_autoencoder(),
+        transformer=sana_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+@listed("dit", options(class_labels=labels, guidance_scale=4.0, num_inference_steps=4, output_type="pt"))
+def dit() -> DiffusionPipeline:
+    return diffusers.DiTPipeline(dit_transformer(), autoencoder(), vp_scheduler())
+
+
+@listed("auraflow", text_options(max_sequence_length=TEXT))
+def auraflow() -> DiffusionPipeline:
+    return diffusers.AuraFlowPipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=t5(),
+        vae=autoencoder(scaling_factor=0.13025),
+        transformer=aura_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+def told() -> dict:
+    """Embeddings in place of prompts, for pipelines whose language models are too much to imitate."""
+    return dict(
+        prompt=None,
+        prompt_embeds=noise(TEXT, 32),
+        negative_prompt_embeds=lambda batch, first=0: torch.zeros(batch, TEXT, 32),
+    )
+
+
+def unmasked(batch: int, first: int = 0) -> torch.Tensor:
+    return torch.ones(batch, TEXT, dtype=torch.long)
+
+
+@listed(
+    "qwen-image",
+    text_options(
+        **told(),
+        guidance_scale=None,
+        true_cfg_scale=3.0,
+        prompt_embeds_mask=unmasked,
+        negative_prompt_embeds_mask=unmasked,
+    ),
+)
+def qwen_image() -> DiffusionPipeline:
+    return diffusers.QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=qwen_autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=qwen_transformer(),
+    )
+
+
+def one_by_one(tensors: Callable[[int, int], torch.Tensor]) -> Callable[[int, int], list[torch.Tensor]]:
+    return lambda batch, first=0: list(tensors(batch, first))
+
+
+@listed("z-image", text_options(**{name: value and one_by_one(value) for name, value in told().items()}))
+def z_image() -> DiffusionPipeline:
+    return diffusers.ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flow_autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=z_transformer(),
+    )
+
+
+VIDEO = dict(output="frames", kind="video")
+
+
+@listed("ltx", text_options(32, num_frames=5, max_sequence_length=TEXT), **VIDEO)
+def ltx() -> DiffusionPipeline:
+    return diffusers.LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=ltx_autoencoder(),
+        text_encoder=t5(),
+        tokenizer=word_tokenizer(),
+        transformer=ltx_transformer(),
+    )
+
+
+@listed("wan", text_options(32, num_frames=5, max_sequence_length=TEXT), **VIDEO)
+def wan() -> DiffusionPipeline:
+    return diffusers.WanPipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=t5(),
+        vae=wan_autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=wan_transformer(),
+    )
+
+
+AUDIO = dict(output="audios", kind="audio")
+
+
+@listed("audioldm", text_options(None), **AUDIO)
+def audioldm() -> DiffusionPipeline:
+    """Latents of mel spectrograms, which a vocoder turns into sound; CLIP's text encoder does for CLAP's."""
+    return diffusers.AudioLDMPipeline(
+        vae=autoencoder(channels=1),
+        text_encoder=clip_text(projected=True, length=16),
+        tokenizer=clip_tokenizer(16),
+        unet=audio_unet(),
+        scheduler=vp_scheduler(beta_schedule="scaled_linear"),
+        vocoder=vocoder(),
+    )
+
+
+@listed(
+    "audioldm2",
+    text_options(
+        None,
+        **told(),
+        generated_prompt_embeds=noise(4, 16),
+        negative_generated_prompt_embeds=lambda batch, first=0: torch.zeros(batch, 4, 16),
+        attention_mask=unmasked,
+        negative_attention_mask=unmasked,
+    ),
+    **AUDIO,
+)
+def audioldm2() -> DiffusionPipeline:
+    """Its text encoders lend no more than their dtype."""
+    return diffusers.AudioLDM2Pipeline(
+        vae=autoencoder(channels=1),
+        text_encoder=None,
+        text_encoder_2=t5(),
+        projection_model=None,
+        language_model=t5(),
+        tokenizer=None,
+        tokenizer_2=None,
+        feature_extractor=None,
+        unet=audio_unet_2(),
+        scheduler=vp_scheduler(beta_schedule="scaled_linear"),
+        vocoder=vocoder(),
+    )
+
+
+@listed("stable-audio", text_options(None), **AUDIO)
+def stable_audio() -> DiffusionPipeline:
+    return diffusers.StableAudioPipeline(
+        vae=sound_autoencoder(),
+        text_encoder=t5(),
+        projection_model=sound_projection(),
+        tokenizer=word_tokenizer(),
+        transformer=sound_transformer(),
+        scheduler=diffusers.EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_data=1.0),
+    )

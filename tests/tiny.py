@@ -1,0 +1,540 @@
+"""Parts of tiny diffusers pipelines: tokenizers of a handful of words, text encoders, autoencoders, networks of random
+weights, and what the pipelines are asked for."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+from torchvision.transforms.functional import to_pil_image
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+)
+
+WORDS = ("a", "b", "o", "t")
+TEXT = 8  # tokens of a prompt
+MEAN, STD = (0.1, -0.2, 0.3, -0.4), (1.5, 0.8, 1.2, 0.6)  # of latents whose autoencoder says so
+Options = Callable[..., dict]  # of how many pictures, from which number on
+
+
+def randomised(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """The same module, every parameter moved by a little noise, so that no layer stays at zero."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+    return module
+
+
+def drawn(index: int, *shape: int) -> torch.Tensor:
+    """Noise that belongs to picture `index`, whatever the batch it is in."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 + index))
+
+
+def prompts(batch: int, first: int = 0) -> list[str]:
+    return [WORDS[i % len(WORDS)] for i in range(first, first + batch)]
+
+
+def negatives(batch: int, first: int = 0) -> list[str]:
+    return ["t"] * batch
+
+
+def labels(batch: int, first: int = 0) -> list[int]:
+    return list(range(first, first + batch))
+
+
+def noise(*shape: int) -> Callable[[int, int], torch.Tensor]:
+    """Noise of each picture, for embeddings and the like."""
+    return lambda batch, first=0: torch.stack([drawn(i, *shape) for i in range(first, first + batch)])
+
+
+def photos(size: int = 16, channels: int = 3) -> Callable[[int, int], torch.Tensor]:
+    """Pictures in [0, 1] to start from: coarse noise, drawn large."""
+    coarse = noise(channels, 4, 4)
+    return lambda batch, first=0: torch.nn.functional.interpolate(coarse(batch, first).sigmoid(), size=(size, size))
+
+
+def masks(size: int = 16) -> Callable[[int, int], torch.Tensor]:
+    """1 over the right half, which is to be painted."""
+
+    def of(batch: int, first: int = 0) -> torch.Tensor:
+        mask = torch.zeros(batch, 1, size, size)
+        mask[..., size // 2 :] = 1
+        return mask
+
+    return of
+
+
+def grids(size: int = 16) -> Callable[[int, int], list]:
+    """A solved example of two pictures above a picture whose second is asked for."""
+
+    def of(batch: int, first: int = 0) -> list:
+        example, query = photos(size), photos(size)(batch, first)
+        shown = [to_pil_image(picture) for picture in (*example(2, 100), *query)]
+        return [[shown[:2], [picture, None]] for picture in shown[2:]]
+
+    return of
+
+
+def options(**values) -> Options:
+    """Call arguments; a function among them says what it is for pictures `first` to `first + batch - 1`."""
+
+    def of(batch: int, first: int = 0) -> dict:
+        return {name: value(batch, first) if callable(value) else value for name, value in values.items()}
+
+    return of
+
+
+def text_options(size: int | None = 16, **values) -> Options:
+    """Prompts, a square picture as a tensor, four steps, classifier-free guidance."""
+    common = dict(prompt=prompts, num_inference_steps=4, guidance_scale=4.0, height=size, width=size, output_type="pt")
+    return options(**{name: value for name, value in (common | values).items() if value is not None})
+
+
+def clip_tokenizer(length: int = TEXT) -> CLIPTokenizer:
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in WORDS), *WORDS[:2]]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=length)
+
+
+def clip_text(projected: bool = False, length: int = TEXT) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=8,
+        max_position_embeddings=length,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def word_tokenizer(length: int = TEXT) -> PreTrainedTokenizerFast:
+    """Splits at spaces and ends with `</s>`, as T5's does."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+
+    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", words["</s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def autoencoder(channels: int = 3, **values) -> diffusers.AutoencoderKL:
+    """Halves each side."""
+    return diffusers.AutoencoderKL(
+        **dict(
+            block_out_channels=(8, 8),
+            in_channels=channels,
+            out_channels=channels,
+            latent_channels=4,
+            sample_size=16,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )
+        | values
+    )
+
+
+def flow_autoencoder() -> diffusers.AutoencoderKL:
+    """The shifted kind of SD3 and Flux, without quantising layers."""
+    return autoencoder(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def vq_autoencoder() -> diffusers.VQModel:
+    """Its codes drawn from a normal law, for they start out too alike to tell pictures apart."""
+    vae = diffusers.VQModel(
+        block_out_channels=(8, 8),
+        latent_channels=3,
+        num_vq_embeddings=32,
+        norm_num_groups=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    torch.nn.init.normal_(vae.quantize.embedding.weight)
+    return vae
+
+
+def ltx_autoencoder() -> diffusers.AutoencoderKLLTXVideo:
+    """4 times smaller in space, twice in time, and with a mean and a width of its latents to undo."""
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, False),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False,) * 3,
+        downsample_type=("conv", "conv"),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        patch_size=2,
+    )
+    vae.latents_mean.copy_(torch.tensor(MEAN))
+    vae.latents_std.copy_(torch.tensor(STD))
+    return vae
+
+
+def wan_autoencoder() -> diffusers.AutoencoderKLWan:
+    """4 times smaller in space, twice in time."""
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=list(MEAN),
+        latents_std=list(STD),
+        scale_factor_spatial=4,
+        scale_factor_temporal=2,
+    )
+    return randomised(vae)
+
+
+def text_unet(channels: int = 4, **values) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
+        **dict(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+        )
+        | values
+    )
+
+
+def controlnet() -> diffusers.ControlNetModel:
+    """Its last layers start at zero, so that all are moved."""
+    return randomised(
+        diffusers.ControlNetModel(
+            in_channels=4,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            conditioning_embedding_out_channels=(8, 8),
+        )
+    )
+
+
+def ip_adapter(unet: diffusers.UNet2DConditionModel, width: int = 16, tokens: int = 4) -> dict:
+    """Random weights of an adapter that turns an embedding of `width` numbers into `tokens` tokens for the U-Net."""
+    text = unet.config.cross_attention_dim
+    projection = {
+        "proj.weight": torch.randn(tokens * text, width),
+        "proj.bias": torch.randn(tokens * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    crossed = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    keys = {}
+    for i, name in enumerate(crossed):
+        inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+        for kind in "kv":
+            keys[f"{2 * i + 1}.to_{kind}_ip.weight"] = torch.randn(inner, text) / text**0.5
+    return {"image_proj": projection, "ip_adapter": keys}
+
+
+def sdxl_unet() -> diffusers.UNet2DConditionModel:
+    """Told sizes and crops (six numbers) and the pooled prompt, too."""
+    unet = text_unet(
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    return randomised(unet, 0.2)
+
+
+def sd3_transformer() -> diffusers.SD3Transformer2DModel:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+    )
+
+
+def flux_transformer(extra: int = 0) -> diffusers.FluxTransformer2DModel:
+    """On packed latents, 2 x 2 x 4 channels, and `extra` channels of what it is shown beside."""
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16 + extra,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
+    return randomised(transformer, 0.2)
+
+
+def dit_transformer() -> diffusers.DiTTransformer2DModel:
+    """Of 1000 classes; it foretells the variance, too."""
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        norm_num_groups=4,
+    )
+
+
+def pixart_transformer() -> diffusers.PixArtTransformer2DModel:
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        sample_size=8,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+
+
+def ltx_transformer() -> diffusers.LTXVideoTransformer3DModel:
+    return diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=32,
+    )
+
+
+def wan_transformer() -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+
+
+def sana_autoencoder() -> diffusers.AutoencoderDC:
+    """4 times smaller, and the latents are no draw: it has no law of them."""
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=0.41407,
+    )
+
+
+def sana_transformer() -> diffusers.SanaTransformer2DModel:
+    return diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+        sample_size=8,
+    )
+
+
+def aura_transformer() -> diffusers.AuraFlowTransformer2DModel:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return randomised(transformer, 0.2)
+
+
+def qwen_autoencoder() -> diffusers.AutoencoderKLQwenImage:
+    """Halves each side of videos of one frame."""
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=list(MEAN),
+        latents_std=list(STD),
+    )
+    return randomised(vae)
+
+
+def qwen_transformer() -> diffusers.QwenImageTransformer2DModel:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return randomised(transformer, 0.2)
+
+
+def z_transformer() -> diffusers.ZImageTransformer2DModel:
+    return diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 64, 64],
+    )
+
+
+def audio_unet() -> diffusers.UNet2DConditionModel:
+    """Told the prompt as a class is, and attending to itself alone."""
+    unet = text_unet(
+        cross_attention_dim=(8, 16),
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=16,
+        class_embeddings_concat=True,
+    )
+    return randomised(unet, 0.2)
+
+
+def vocoder() -> SpeechT5HifiGan:
+    """Four samples of sound for each row of 16 mel bands."""
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=16,
+        sampling_rate=16000,
+        upsample_initial_channel=16,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]],
+        normalize_before=False,
+    )
+    return randomised(SpeechT5HifiGan(config), 0.3)
+
+
+def sound_autoencoder() -> diffusers.AutoencoderOobleck:
+    """Stereo, four samples for each latent one."""
+    return diffusers.AutoencoderOobleck(
+        encoder_hidden_size=4,
+        downsampling_ratios=[2, 2],
+        channel_multiples=[1, 2],
+        decoder_channels=4,
+        decoder_input_channels=4,
+        audio_channels=2,
+        sampling_rate=16,
+    )
+
+
+def sound_transformer() -> diffusers.StableAudioDiTModel:
+    transformer = diffusers.StableAudioDiTModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_attention_heads=2,
+        cross_attention_dim=8,
+        time_proj_dim=8,
+        global_states_input_dim=16,
+        cross_attention_input_dim=8,
+    )
+    return randomised(transformer, 0.2)
+
+
+def sound_projection() -> diffusers.StableAudioProjectionModel:
+    """Of prompts and of where the sound begins and ends, in seconds."""
+    return diffusers.StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=8, min_value=0, max_value=16)
+
+
+def audio_unet_2() -> diffusers.AudioLDM2UNet2DConditionModel:
+    """Attends to itself, to what a language model made of the prompt, and to the prompt."""
+    unet = diffusers.AudioLDM2UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=((None, 16, 32), (None, 16, 32)),
+        attention_head_dim=4,
+    )
+    return randomised(unet)
