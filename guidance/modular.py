@@ -21,6 +21,9 @@ def undecorated(pipe: Any, steering: Steering) -> Iterator[None]:
     The steering switches them on where a step needs them; all other blocks run without.
     """
     with ExitStack() as stack:
+        for block in _below(pipe._blocks):
+            if hasattr(block, "get_timesteps"):
+                stack.enter_context(instead(block, "get_timesteps", steering.get_timesteps))
         for loop in _loops(pipe._blocks):
             for block in _below(loop):
                 stack.enter_context(_without_decorator(block))

@@ -139,7 +139,8 @@ class Steering:
         """A guider of a modular pipeline counts solver steps, not visits."""
         bound = inspect.signature(own).bind(*args, **kwargs)
         if "step" in bound.arguments and self.visits:
-            bound.arguments["step"] = self.visits[min(bound.arguments["step"], len(self.visits) - 1)].step
+            here = min(bound.arguments["step"], len(self.visits) - 1)
+            bound.arguments["step"] = self.visits[here].step - self.visits[0].step
         return own(*bound.args, **bound.kwargs)
 
     def scale_model_input(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-_UNREADABLE = ("CMStochastic", "KDPM2")  # their sigmas are not the levels at which the model is asked
+_UNREADABLE = ("CMStochastic",)  # its sigmas are not the levels at which the model is asked
 KINDS = ("epsilon", "sample", "v_prediction", "flow", "edm", "edm-v")
 
 
@@ -163,6 +163,7 @@ def scheduler_levels(scheduler) -> list[Level]:
     if sigmas is not None and len(sigmas) > count - 1 and not name.startswith(_UNREADABLE):
         sigmas = [float(s) for s in sigmas[: count + 1]]
         sigmas += [0.0] * (count + 1 - len(sigmas))
+        sigmas = _between(scheduler, sigmas)
         if prediction_kind(scheduler) == "flow":
             return [Level.of(1 - s, s) for s in sigmas]
         if name.startswith("EDM"):
@@ -180,6 +181,18 @@ def scheduler_levels(scheduler) -> list[Level]:
         f"the noise level of {name} cannot be read: it has neither `sigmas` nor `alphas_cumprod`; "
         "use a scheduler of the DDIM, DDPM, Euler, DPM-Solver, EDM or FlowMatch families"
     )
+
+
+def _between(scheduler, sigmas: list[float]) -> list[float]:
+    """The sigmas of solvers whose every second visit (the odd ones) is halfway to the next level."""
+    name = type(scheduler).__name__
+    if name.startswith("DPMSolverSDE"):
+        return [(sigmas[i - 1] * sigmas[i]) ** 0.5 if i % 2 else sigma for i, sigma in enumerate(sigmas)]
+    if name.startswith("KDPM2"):
+        halfway = scheduler.sigmas_interpol.tolist()
+        back = 1 if "Ancestral" in name else 0
+        return [halfway[i - back] if i % 2 else sigma for i, sigma in enumerate(sigmas)]
+    return sigmas
 
 
 def prediction_kind(scheduler) -> str:

@@ -78,6 +78,9 @@ SCHEDULERS = {
         beta_schedule="linear", prediction_type="v_prediction", use_karras_sigmas=True
     ),
     "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler(**VP),
+    "kdpm2": diffusers.KDPM2DiscreteScheduler(**VP),
+    "kdpm2-ancestral": diffusers.KDPM2AncestralDiscreteScheduler(**VP),
+    "dpm-sde": diffusers.DPMSolverSDEScheduler(**VP),
     "dpm++": diffusers.DPMSolverMultistepScheduler(**VP, solver_order=1, final_sigmas_type="zero"),
     "dpm++-flow": diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1, final_sigmas_type="zero"

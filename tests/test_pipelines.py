@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,3 +175,48 @@ def test_time_travel_visits_again_and_calls_no_model_twice(name):
         hook.remove()
     assert len(calls) == once
     assert [row["visit"] for row in guided.record.rows] == [0, 1, 2] * steps and travelled == 3 * once
+
+
+def schedulers() -> list:
+    flow = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
+    flows = [
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        diffusers.FlowMatchLCMScheduler(),
+        diffusers.UniPCMultistepScheduler(**flow),
+    ]
+    own = [diffusers.FlowMatchHeunDiscreteScheduler(), diffusers.DPMSolverMultistepScheduler(**flow)]
+    compatible = sorted(diffusers.DDIMScheduler().compatibles, key=lambda kind: kind.__name__)
+    pairs = [("sd", kind) for kind in compatible]
+    pairs += [(name, one) for name in ("sd3", "flux") for one in flows] + [("sd3", one) for one in own]
+    return [pytest.param(*pair, id=f"{pair[0]}-{i}-{_kind(pair[1]).__name__}") for i, pair in enumerate(pairs)]
+
+
+def _kind(scheduler) -> type:
+    return scheduler if isinstance(scheduler, type) else type(scheduler)
+
+
+@pytest.mark.parametrize("through", ["denoiser", "x0"])
+@pytest.mark.parametrize("name, scheduler", schedulers())
+def test_every_scheduler(name, scheduler, through, monkeypatch):
+    """Bitwise plain at strength 0, a falling loss and time travel, also where the solver remembers or draws noise."""
+    pipe = made(name)
+    if isinstance(scheduler, type):
+        scheduler = scheduler.from_config(pipe.scheduler.config)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+
+    def run(guidance, *seeds):
+        torch.manual_seed(seeds[0])  # flow pipelines do not hand their generator on to their scheduler
+        guided = pipe if guidance is None else guide(pipe, guidance)
+        given = options(name, 2) | dict(num_inference_steps=20)
+        return result(name, guided(**given, generator=generators(*seeds))), guided
+
+    loss = Near(run(None, 3, 4)[0])
+    plain, _ = run(None, 1, 2)
+    assert torch.equal(run(recipes.auto(loss, through=through, strength=0.0), 1, 2)[0], plain)
+    strength = 0.3 if name == "flux" else 1.0  # a steep random network
+    travel = TimeTravel(2, 0.3, 0.7)
+    image, guided = run(recipes.auto(loss, through=through, strength=strength, time_travel=travel), 1, 2)
+    assert (loss(image) < 0.7 * loss(plain)).all()
+    assert any(row["visit"] == 1 for row in guided.record.rows)
