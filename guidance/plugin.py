@@ -64,7 +64,7 @@ class Guided:
             modules += [self._vae] if self._vae is not None else []
             if self.guidance.active:  # else nothing needs freezing, and torch rounds frozen layers differently
                 stack.enter_context(frozen(*modules))
-                if self._checkpointing and self.guidance.through == "denoiser":
+                if self._checkpointing:
                     stack.enter_context(_checkpointed(modules))
             if is_modular(pipe):
                 stack.enter_context(undecorated(pipe, steering))
@@ -87,8 +87,8 @@ class Guided:
         view = self._adapter.decoder(self._decode)
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
-            if not self._checkpointing or not torch.is_grad_enabled():
-                return view(latents, call)
+            if not self._checkpointing or not torch.is_grad_enabled() or len(latents) == 1:
+                return view(latents, call)  # the autoencoder's own checkpointing is on, too
             return torch.cat([checkpoint(view, one, call, use_reentrant=False) for one in latents.split(1)])
 
         return decode
