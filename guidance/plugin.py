@@ -57,7 +57,9 @@ class Guided:
             given = _given(own, pipe, args, kwargs)
             steering = Steering(pipe, self.guidance, self._adapter, None, _seeds(given), self._preview)
             steering.arguments.update(given)
-            steering.decode = self._decoder(steering.arguments)
+            full = _Full(self._vae if self._vae is not None else autoencoder_of(pipe))
+            stack.callback(full.back)
+            steering.decode, steering.after_last = self._decoder(steering.arguments, full), full.back
             if "callback_on_step_end" in kwargs:
                 kwargs["callback_on_step_end"] = _called_back(kwargs["callback_on_step_end"])
             modules = [m for m in getattr(pipe, "components", {}).values() if isinstance(m, torch.nn.Module)]
@@ -79,14 +81,15 @@ class Guided:
         self.record.warn_of_nonfinite()
         return _with_record(output, self.record)
 
-    def _decoder(self, arguments: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _decoder(self, arguments: dict[str, Any], full: _Full) -> Callable[[torch.Tensor], torch.Tensor]:
         """Latents -> what the losses see, for one call."""
         if callable(self._decode):
             return self._decode
-        call = Call(self.pipe, self._vae if self._vae is not None else autoencoder_of(self.pipe), arguments)
+        call = Call(self.pipe, full.vae, arguments)
         view = self._adapter.decoder(self._decode)
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
+            full.precision()
             if not self._checkpointing or not torch.is_grad_enabled() or len(latents) == 1:
                 return view(latents, call)  # the autoencoder's own checkpointing is on, too
             return torch.cat([checkpoint(view, one, call, use_reentrant=False) for one in latents.split(1)])
@@ -156,6 +159,26 @@ def guide(
         adapter.decoder(decode)  # a view that is not there is told here
     shown = None if preview is None else Preview(preview, preview_every)
     return Guided(pipe, guidance, adapter, decode, vae, checkpointing, shown)
+
+
+class _Full:
+    """An autoencoder that overflows in half precision, in full precision while the losses decode with it."""
+
+    def __init__(self, vae: Any):
+        self.vae, self._found = vae, None
+
+    def precision(self) -> None:
+        """From the first decoding on."""
+        upcast = getattr(getattr(self.vae, "config", None), "force_upcast", False)
+        if upcast and self.vae.dtype == torch.float16:
+            self._found = self.vae.dtype
+            self.vae.to(torch.float32)
+
+    def back(self) -> None:
+        """As found: before the pipeline's own decoding, which sees to it itself, and at the latest after the call."""
+        if self._found is not None:
+            self.vae.to(self._found)
+            self._found = None
 
 
 def _adapter(pipe: Any, decode: Callable | str | None) -> Adapter:

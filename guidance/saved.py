@@ -23,7 +23,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ..losses import ClassLabel, ClipImage, ClipText, Color, Measurement, Segmentation, Style, operators
+from ..losses import ClassLabel, ClipImage, ClipText, Color, Frames, Measurement, Segmentation, Style, operators
 from ..losses.images import Pixels
 from ..losses.loss import Losses, Term, as_losses
 from ..losses.network import describe_network
@@ -47,7 +47,7 @@ _TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(Guidance, Inner, Augment, Smoothing, Particles, Proximal, TimeTravel, Losses, Term, Pixels),
-        *(ClassLabel, ClipImage, ClipText, Color, Measurement, Segmentation, Style),
+        *(ClassLabel, ClipImage, ClipText, Color, Frames, Measurement, Segmentation, Style),
         *_kinds(steps, steps.StepRule),
         *_kinds(operators, operators.LinearOperator),
     )

@@ -52,6 +52,7 @@ class Steering:
         self.pipe, self.guidance, self.adapter = pipe, guidance, adapter
         self.decode, self.seeds, self.preview = decode, seeds, preview
         self.arguments: dict[str, Any] = {}
+        self.after_last: Callable[[], None] = lambda: None  # called when the last step has been guided
         self.run: Run | None = None
         self.visits: list = []
         self.position: int | None = None
@@ -180,6 +181,8 @@ class Steering:
         with self._true_schedule():
             x = self.run.step(x, model_output[:, :channels], visit, solve, self.started)
         self.position += 1
+        if self.position == len(self.visits):
+            self.after_last()
         more = self.position < len(self.visits) and self.run.needs_graph(self.visits[self.position])
         torch.set_grad_enabled(more)
         if single is not None:

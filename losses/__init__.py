@@ -7,6 +7,7 @@ from . import operators, registry
 from .classifier import ClassLabel
 from .clip import ClipImage, ClipText
 from .color import Color
+from .frames import Frames
 from .images import read_image
 from .loss import Composable, Loss, Losses, Term, as_losses
 from .measurement import Measurement, measure
@@ -19,6 +20,7 @@ __all__ = [
     "ClipText",
     "Color",
     "Composable",
+    "Frames",
     "Loss",
     "Losses",
     "Measurement",

@@ -108,7 +108,8 @@ def as_picture(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def frozen(*models: object) -> Iterator[None]:
     """Context in which the parameters of these modules require no gradient; what was there is restored."""
-    parameters = [p for m in models if isinstance(m, torch.nn.Module) for p in m.parameters() if p.requires_grad]
+    modules = [m for m in models if isinstance(m, torch.nn.Module)]
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)

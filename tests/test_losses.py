@@ -15,9 +15,11 @@ from lossguide.losses import (
     ClipImage,
     ClipText,
     Color,
+    Frames,
     Measurement,
     Segmentation,
     Style,
+    Term,
     operators,
     read_image,
 )
@@ -539,3 +541,19 @@ def test_unreadable_pictures(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(ValueError, match="float tensor"):
         read_image(torch.zeros(2, 4, 4))
+
+
+def test_frames_are_the_mean_of_a_picture_loss():
+    video = torch.rand(2, 5, 3, 8, 8)
+    dark = lambda image: image.mean((1, 2, 3))
+    torch.testing.assert_close(Frames(dark)(video), video.flatten(1).mean(1))
+    torch.testing.assert_close(Frames(dark, [0, -1])(video), video[:, [0, -1]].flatten(1).mean(1))
+    torch.testing.assert_close(Frames(2 * Color("red"))(video), 2 * Frames(Color("red"))(video))
+    many = Frames(Color("red") + 3 * Term(dark, augment=False))
+    torch.testing.assert_close(many(video), Frames(Color("red"))(video) + 3 * Frames(dark)(video))
+    assert not many.augment and Frames(dark).augment
+    still = Measurement(operators.SuperResolution(2), torch.zeros(3, 4, 4), 0.1)
+    assert Frames(still).floor == still.floor
+    for wrong, told in ((video[:, 0], "for pictures the loss itself"), (video[:, :0], "asked for")):
+        with pytest.raises(ValueError, match=told):
+            Frames(dark, [0])(wrong)
