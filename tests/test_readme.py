@@ -8,11 +8,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from pipelines import PIPELINES
 
 ROOT = Path(__file__).resolve().parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    """Tiny pipelines in place of the Hub's, and the demo's CLIP in place of ViT-B/32."""
+    from diffusers import FluxPipeline, StableDiffusionXLPipeline
+    from lossguide.losses import clip
+
+    def tiny(name):
+        pipe = PIPELINES[name].build()
+        pipe.default_sample_size = 8
+        return pipe
+
+    for kind, name in ((StableDiffusionXLPipeline, "sdxl"), (FluxPipeline, "flux")):
+        monkeypatch.setattr(kind, "from_pretrained", lambda *args, name=name, **kwargs: tiny(name))
+    own = clip.load_clip
+    monkeypatch.setattr(clip, "load_clip", lambda *args, **kwargs: own("demo", None))
+
+
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.split("\n")[-2][:40])
 def test_snippets_of_the_readme_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
