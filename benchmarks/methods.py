@@ -106,7 +106,7 @@ def weights_digest(load) -> str:
 
 def settings_digest(recipe: str, change: dict, work: Work) -> str:
     """A short digest of a recipe's settings, so that rows of other settings are not mixed in."""
-    stand_in = Term(lambda image: image.flatten(1).sum(1), augment=work.network)
+    stand_in = Term(lambda image: image.flatten(1).sum(1), augment=work.augment)
     if work.linear:
         stand_in = Measurement(operators.SuperResolution(1), torch.zeros(3, 2, 2), 0.1)
     return digest_of(recipes.get(recipe)(stand_in, **change))

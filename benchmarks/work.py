@@ -44,7 +44,7 @@ class Work:
         size: a constant factor of the loss's gradient whose step is about as long as the sampler's noise; grids are
             built around it.
         linear: whether the loss is one measurement by a linear operator.
-        network: whether a network guides.
+        augment: whether random augmentation suits what guides.
         batch: pictures drawn at once.
         available: whether the model and the data are at hand.
     """
@@ -57,6 +57,6 @@ class Work:
     higher: bool
     size: float
     linear: bool = False
-    network: bool = True
+    augment: bool = True
     batch: int = 8
     available: Callable[[], bool] = lambda: True

@@ -135,7 +135,7 @@ def _overlap(which, images):
 
 
 def _work(
-    name: str, about: str, pictures, figure: str, size: float, needs_data: bool = True, network: bool = True
+    name: str, about: str, pictures, figure: str, size: float, needs_data: bool = True, augment: bool = True
 ) -> Work:
     return Work(
         f"demo-{name}",
@@ -145,7 +145,7 @@ def _work(
         figure,
         higher=True,
         size=size,
-        network=network,
+        augment=augment,
         batch=30,
         available=available if needs_data else lambda: True,
     )
@@ -160,7 +160,7 @@ WORKS = [
         _pictures(_brightness, _bright, shown=True),
         "hit",
         40.0,
-        network=False,
+        augment=False,
     ),
     _work(
         "mask",
@@ -168,7 +168,7 @@ WORKS = [
         _pictures(_silhouette, _overlap, shown=True),
         "iou",
         500.0,
-        network=False,
+        augment=False,
     ),
     _work(
         "two",

@@ -86,7 +86,7 @@ def _pictures(which: str, guide, judge, shown: dict[str, torch.Tensor]) -> Pictu
     return Pictures(range(SEEDS[which], SEEDS[which] + COUNTS[which]), loss, judge, shown)
 
 
-def _work(name: str, about: str, pictures, figure: str, size: float, network: bool = True) -> Work:
+def _work(name: str, about: str, pictures, figure: str, size: float, augment: bool = True) -> Work:
     return Work(
         f"real-{name}",
         f"{about}, real 64x64 model",
@@ -95,13 +95,13 @@ def _work(name: str, about: str, pictures, figure: str, size: float, network: bo
         figure,
         higher=False,
         size=size,
-        network=network,
+        augment=augment,
         batch=6,
         available=real.available,
     )
 
 
 WORKS = [
-    _work("style", "The style of a painting by VGG-16, judged in AlexNet", style, "gram", 30000.0),
-    _work("color", "The colours of another picture", color, "delta_e", 80.0, network=False),
+    _work("style", "The style of a painting by VGG-16, judged in AlexNet", style, "gram", 30000.0, augment=False),
+    _work("color", "The colours of another picture", color, "delta_e", 80.0, augment=False),
 ]

@@ -51,8 +51,8 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """The default, without a strength to be found: a step as long as the sampler's noise, or just to the known floor.
 
     The step's length comes from the sampler (`NoiseScaled`), only its direction from the loss, with geometric
-    augmentation and a short time travel. Steps fade with the noise, and where a network is the guide (a term that
-    `augment` suits) none is taken from progress 0.8 on, which cleans up what it cannot see. Where the loss's floor is
+    augmentation and a short time travel. Steps fade with the noise, and where a network judges the content (a term that
+    `augment` suits) none is taken from progress 0.8 on, which cleans up what fooled it. Where the loss's floor is
     known (a measurement's noise), three Polyak steps at x0 find where to go, and one product through the denoiser goes
     there, over-relaxed by 1.3, to the end.
 
@@ -67,12 +67,12 @@ def auto(loss, strength: float = 1.0, **changes: Any) -> Guidance:
             time_travel=TimeTravel(3, 0.52, 0.76),
         )
     else:
-        network = loss is None or any(term.augment for term in as_losses(loss).terms())
+        content = loss is None or any(term.augment for term in as_losses(loss).terms())
         settings = dict(
             rule=NoiseScaled(0.2, fading=True),
             augment=Augment.geometric(8),
             time_travel=TimeTravel(3, 0.25, 0.75),
-            stop=0.8 if network else 1.0,
+            stop=0.8 if content else 1.0,
         )
     return _build(
         loss,

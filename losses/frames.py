@@ -43,7 +43,8 @@ class Frames(Loss):
     def __call__(self, video: torch.Tensor) -> torch.Tensor:
         if video.dim() != 5:
             raise ValueError(
-                f"Frames looks at videos (B, F, 3, H, W), got {tuple(video.shape)}; for pictures the loss itself will do"
+                f"Frames looks at videos (B, F, 3, H, W), got {tuple(video.shape)}; "
+                "for pictures the loss itself will do"
             )
         frames = video if self.which is None else video[:, self._places(video.shape[1])]
         return self._sum(frames.flatten(0, 1)).view(frames.shape[:2]).mean(1)

@@ -45,6 +45,7 @@ class Style(Loss):
     """
 
     name = "style"
+    augment = False  # shifted and resized copies have other textures than the picture itself
 
     def __init__(
         self,
