@@ -22,7 +22,8 @@ class Call:
     Attributes:
         pipe: the pipeline.
         vae: the autoencoder that decodes for the loss: the pipeline's own, or one that the user gave.
-        arguments: what the pipeline was called with, by name, then what it handed to its own `prepare_latents`.
+        arguments: what the pipeline was called with, by name, then what it handed to its own `prepare_latents`; and,
+            as "prepared", what it got back.
     """
 
     pipe: Any
@@ -66,10 +67,10 @@ class Adapter:
         Raises:
             ValueError: there is no such view.
         """
-        views = self.decode if isinstance(self.decode, Mapping) else {"image": self.decode}
+        views = self.decode if isinstance(self.decode, Mapping) else {"picture": self.decode}
         if view is not None and view not in views:
             raise ValueError(f"there is no view {view!r}; this pipeline has {', '.join(views)}")
-        return next(iter(views.values())) if view is None else views[view]
+        return next(iter(views.values()), None) if view is None else views[view]
 
 
 def register(adapter: Adapter) -> Adapter:
@@ -122,6 +123,9 @@ def as_video(frames: torch.Tensor) -> torch.Tensor:
 def _visual(latents: torch.Tensor, call: Call) -> torch.Tensor:
     """Pictures and videos of an autoencoder whose latents come as they are."""
     z = denormalised(latents, call.vae)
+    if z.dim() == 5 and _latent_axes(call.vae) == 4:  # an autoencoder of pictures, frame by frame (AnimateDiff)
+        frames = decoded(z.transpose(1, 2).flatten(0, 1), call.vae)
+        return as_picture(frames).unflatten(0, (len(z), -1))
     image = decoded(z, call.vae)
     return as_video(image) if image.dim() == 5 else as_picture(image)
 
@@ -134,6 +138,34 @@ def _packed(latents: torch.Tensor, call: Call) -> torch.Tensor:
     if _latent_axes(call.vae) == 5:
         return as_picture(decoded(denormalised(z[:, :, None], call.vae), call.vae)[:, :, 0])
     return as_picture(decoded(denormalised(z, call.vae), call.vae))
+
+
+def _packed_in_order(latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """FLUX.2: tokens `(B, L, 4 C)` in rows, normalised as its autoencoder's batch norm says."""
+    places, norm = call["prepared"][1], call.vae.bn
+    height, width = (int(places[..., axis].max()) + 1 for axis in (1, 2))
+    z = latents.transpose(1, 2).unflatten(-1, (height, width))
+    mean, variance = (one.view(1, -1, 1, 1).to(z) for one in (norm.running_mean, norm.running_var))
+    z = z * (variance + call.vae.config.batch_norm_eps).sqrt() + mean
+    return as_picture(decoded(call.pipe._unpatchify_latents(z), call.vae))
+
+
+def _from_first_frame(latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """Wan 2.2's image to video: the first latent frame is that of the given picture."""
+    _, condition, mask = call["prepared"]
+    mask, condition = mask.to(latents), condition.to(latents)
+    return _visual((1 - mask) * condition + mask * latents, call)
+
+
+def _unquantised(latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """Kandinsky: latents as its autoencoder knows them, and not to be quantised."""
+    movq = call.vae
+    return as_picture(movq.decode(latents.to(movq.dtype), force_not_quantize=True).sample.float())
+
+
+def _cascaded(latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """Stable Cascade's decoder, whose pictures are in [0, 1] already."""
+    return decoded(call.vae.config.scale_factor * latents, call.vae)
 
 
 def _latent_axes(vae: Any) -> int:
@@ -204,24 +236,31 @@ def _named(*names: str) -> Callable[[Any], bool]:
     return lambda pipe: type(pipe).__name__.startswith(names)
 
 
+def _flux_like(pipe: Any) -> bool:
+    modular = "ModularPipeline" in type(pipe).__name__
+    return modular and _named("FluxM", "FluxK", "QwenImageM", "QwenImageE")(pipe)
+
+
+def _from_picture(pipe: Any) -> bool:
+    return _named("WanImageToVideo")(pipe) and bool(getattr(pipe.config, "expand_timesteps", False))
+
+
+_SOUND = {"waveform": _vocoded, "spectrogram": _spectrogram}
 _ADAPTERS = [
-    Adapter(_named("DiTPipeline"), _visual, doubled=True),
     Adapter(_named("VisualClozePipeline"), _target_panel, part="generation_pipe"),
-    Adapter(
-        lambda pipe: "Combined" in type(pipe).__name__ and hasattr(pipe, "decoder_pipe"), _visual, part="decoder_pipe"
-    ),
+    Adapter(lambda pipe: "Combined" in type(pipe).__name__ and hasattr(pipe, "decoder_pipe"), {}, part="decoder_pipe"),
+    Adapter(_named("DiTPipeline"), _visual, doubled=True),
     Adapter(_named("CogVideoX"), _frames_first),
+    Adapter(_from_picture, _from_first_frame),
     Adapter(lambda pipe: _has(getattr(pipe, "_unpack_latents", None), "sizes"), _target_panel),
-    Adapter(lambda pipe: hasattr(pipe, "vocoder"), {"spectrogram": _spectrogram, "waveform": _vocoded}),
-    Adapter(lambda pipe: "Oobleck" in type(getattr(pipe, "vae", None)).__name__, _waveform),
-    Adapter(lambda pipe: hasattr(pipe, "transformer_temporal_patch_size"), _packed_video),
-    Adapter(
-        lambda pipe: (
-            "ModularPipeline" in type(pipe).__name__ and type(pipe).__name__.startswith(("FluxM", "FluxK", "QwenImage"))
-        ),
-        _packed,
-    ),
+    Adapter(lambda pipe: hasattr(pipe, "transformer_temporal_patch_size"), {"video": _packed_video}),
+    Adapter(lambda pipe: hasattr(pipe, "vocoder"), _SOUND),
+    Adapter(lambda pipe: "Oobleck" in type(getattr(pipe, "vae", None)).__name__, {"waveform": _waveform}),
+    Adapter(_flux_like, _packed),
+    Adapter(lambda pipe: hasattr(pipe, "_unpatchify_latents") and hasattr(pipe.vae, "bn"), _packed_in_order),
     Adapter(lambda pipe: _has(getattr(pipe, "_unpack_latents", None), "height", "width", "vae_scale_factor"), _packed),
+    Adapter(lambda pipe: getattr(pipe, "movq", None) is not None, _unquantised),
+    Adapter(lambda pipe: getattr(pipe, "vqgan", None) is not None, _cascaded),
     Adapter(lambda pipe: not hasattr(pipe, "_unpack_latents") and autoencoder_of(pipe) is not None, _visual),
     Adapter(lambda pipe: autoencoder_of(pipe) is None, _pixels),
 ]

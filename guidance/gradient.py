@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..losses.loss import Term
@@ -70,15 +72,20 @@ def loss_gradient(
     return total, loss, values
 
 
-def pulled_back(output: torch.Tensor, source: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """The product of `g` `(B, ...)` with the Jacobian of `output` in `source`, per sample.
+def pulled_back(
+    output: torch.Tensor, sources: torch.Tensor | Sequence[torch.Tensor], g: torch.Tensor
+) -> torch.Tensor | None:
+    """The product of `g` `(B, ...)` with the Jacobian of `output` in a source, per sample.
 
-    `g` is brought to a largest entry of 1 on the way, so that it survives networks in half precision.
+    `g` is brought to a largest entry of 1 on the way, so that it survives networks in half precision. Of several
+    sources the first counts that `output` depends on; None where it depends on none.
     """
     largest = g.flatten(1).abs().amax(1).view(-1, *[1] * (g.dim() - 1))
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
-    pulled = torch.autograd.grad(output, source, (g / scale).to(output.dtype))[0]
-    return pulled.to(g.dtype) * scale.view(-1, *[1] * (pulled.dim() - 1))
+    sources = [sources] if isinstance(sources, torch.Tensor) else list(sources)
+    found = torch.autograd.grad(output, sources, (g / scale).to(output.dtype), allow_unused=True) if sources else ()
+    pulled = next((one for one in found if one is not None), None)
+    return None if pulled is None else pulled.to(g.dtype) * scale.view(-1, *[1] * (pulled.dim() - 1))
 
 
 def _not_differentiable(names: list[str]) -> ValueError:

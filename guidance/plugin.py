@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -46,6 +47,9 @@ class Guided:
         self._adapter, self._decode, self._vae = adapter, decode, vae
         self._checkpointing, self._preview = checkpointing, preview
 
+    def __repr__(self) -> str:
+        return f"Guided({type(self.pipe).__name__}, {self.guidance.name}: {self.guidance.loss!r})"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline with its own arguments; returns its own output, with the record."""
         if self._adapter.part is not None:
@@ -60,10 +64,11 @@ class Guided:
             full = _Full(self._vae if self._vae is not None else autoencoder_of(pipe))
             stack.callback(full.back)
             steering.decode, steering.after_last = self._decoder(steering.arguments, full), full.back
-            if "callback_on_step_end" in kwargs:
-                kwargs["callback_on_step_end"] = _called_back(kwargs["callback_on_step_end"])
+            kwargs = _with_callbacks(kwargs)
             modules = [m for m in getattr(pipe, "components", {}).values() if isinstance(m, torch.nn.Module)]
             modules += [self._vae] if self._vae is not None else []
+            if self.guidance.through == "denoiser":
+                _check_offload(pipe, modules, self.guidance)
             if self.guidance.active:  # else nothing needs freezing, and torch rounds frozen layers differently
                 stack.enter_context(frozen(*modules))
                 if self._checkpointing:
@@ -88,11 +93,22 @@ class Guided:
         call = Call(self.pipe, full.vae, arguments)
         view = self._adapter.decoder(self._decode)
 
+        def plain(latents: torch.Tensor) -> torch.Tensor:
+            try:
+                return view(latents, call)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                if isinstance(error, torch.OutOfMemoryError) or "Inference tensors" in str(error):
+                    raise
+                raise ValueError(
+                    f"how {type(self.pipe).__name__} decodes its latents {tuple(latents.shape)} is not known here: "
+                    f"pass guide(..., decode=function), from latents to pictures (B, 3, H, W) in [0, 1] ({error})"
+                ) from error
+
         def decode(latents: torch.Tensor) -> torch.Tensor:
             full.precision()
             if not self._checkpointing or not torch.is_grad_enabled() or len(latents) == 1:
-                return view(latents, call)  # the autoencoder's own checkpointing is on, too
-            return torch.cat([checkpoint(view, one, call, use_reentrant=False) for one in latents.split(1)])
+                return plain(latents)  # the autoencoder's own checkpointing is on, too
+            return torch.cat([checkpoint(plain, one, use_reentrant=False) for one in latents.split(1)])
 
         return decode
 
@@ -150,12 +166,14 @@ def guide(
             f"got {type(guidance).__name__}"
         )
     _check_scheduler(pipe)
+    if vae is not None and not (hasattr(vae, "decode") and hasattr(vae, "config")):
+        raise TypeError(f"vae is a diffusers autoencoder, such as AutoencoderTiny.from_pretrained(...), got {vae!r}")
     if isinstance(guidance.toward, Proximal) and autoencoder_of(pipe) is not None:
         raise TypeError(f"{guidance.name} needs a pixel model: through a VAE no measurement is linear")
     if guidance.candidates > 1:
         raise TypeError(f"{guidance.name} draws particles, which pipelines cannot; use sample(denoiser(...), guidance)")
     adapter = _adapter(pipe, decode)
-    if not callable(decode):
+    if not callable(decode) and adapter.part is None:
         adapter.decoder(decode)  # a view that is not there is told here
     shown = None if preview is None else Preview(preview, preview_every)
     return Guided(pipe, guidance, adapter, decode, vae, checkpointing, shown)
@@ -192,12 +210,28 @@ def _adapter(pipe: Any, decode: Callable | str | None) -> Adapter:
 
 def _check_scheduler(pipe: Any) -> None:
     name, scheduler = type(pipe).__name__, getattr(pipe, "scheduler", None)
+    if isinstance(pipe, (type, str)):
+        what = f"the class {pipe.__name__}" if isinstance(pipe, type) else f"the name {pipe!r}"
+        raise TypeError(f"guide takes a pipeline that is loaded, not {what}: pipe = ....from_pretrained(...)")
     if "Onnx" in name or "OpenVINO" in name or name.startswith("Flax"):
         raise TypeError(
             f"{name} runs outside torch, so that no gradient passes it: use the torch pipeline of the model"
         )
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise TypeError(f"{name} cannot be guided: it has no scheduler with set_timesteps and step")
+
+
+def _check_offload(pipe: Any, modules: list[torch.nn.Module], guidance: Guidance) -> None:
+    if guidance.active and any(_offloaded(part) for module in modules for part in module.modules()):
+        raise ValueError(
+            f"parts of {type(pipe).__name__} are offloaded, and their weights would be gone when the gradient passes "
+            'them: choose through="x0", which needs no gradient of the denoiser, or no offloading'
+        )
+
+
+def _offloaded(module: torch.nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or any("offload" in name for name in getattr(registry, "hooks", ()))
 
 
 def _given(call: Callable, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -210,21 +244,41 @@ def _given(call: Callable, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> di
 def _seeds(given: dict[str, Any]) -> Callable[[int], list[int]]:
     """Seeds of guidance's own draws for a batch: those of the caller's generators, else torch's and the next ones."""
     generator = given.get("generator")
+    drawn = None if generator is None else [_seed_of(g) for g in (generator if _several(generator) else [generator])]
 
     def seeds(batch: int) -> list[int]:
-        if isinstance(generator, (list, tuple)) and len(generator) == batch:
-            return [g.initial_seed() for g in generator]
-        first = generator.initial_seed() if isinstance(generator, torch.Generator) else torch.initial_seed()
+        if drawn is not None and _several(generator) and len(drawn) == batch:
+            return drawn
+        first = drawn[0] if drawn else _seed_of(torch.default_generator)
         return [first + i for i in range(batch)]
 
     return seeds
 
 
-def _called_back(own: Callable) -> Callable:
-    """A step callback that sees latents without gradients, and whose own latents the next step can be guided from."""
-    if own is None:
-        return None
+def _several(generator: Any) -> bool:
+    return isinstance(generator, (list, tuple))
 
+
+def _seed_of(generator: torch.Generator) -> int:
+    """The seed of a generator that has not been used yet; another number, by its state, for one that has."""
+    seed, state = generator.initial_seed(), generator.get_state()
+    if torch.equal(torch.Generator(generator.device).manual_seed(seed).get_state(), state):
+        return seed
+    return int.from_bytes(hashlib.sha256(state.cpu().numpy().tobytes()).digest()[:7], "big")
+
+
+def _with_callbacks(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Step callbacks see latents without gradients, and the next step can be guided from latents of their own."""
+    own = kwargs.get("callback_on_step_end")
+    if own is None:
+        return kwargs
+    wanted = {}
+    if hasattr(own, "tensor_inputs"):  # diffusers' PipelineCallback, which pipelines ask by its class
+        wanted["callback_on_step_end_tensor_inputs"] = list(own.tensor_inputs)
+    return kwargs | wanted | {"callback_on_step_end": _called_back(own)}
+
+
+def _called_back(own: Callable) -> Callable:
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         seen = {name: one.detach() if isinstance(one, torch.Tensor) else one for name, one in tensors.items()}
         shown = dict(seen)
@@ -268,6 +322,10 @@ def _outside_inference_mode(value: Any) -> Any:
     return value
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
 def _in_plain_words(error: RuntimeError, pipe: Any) -> RuntimeError | None:
     if "Inference tensors" in str(error):
         return RuntimeError(
@@ -280,8 +338,11 @@ def _in_plain_words(error: RuntimeError, pipe: Any) -> RuntimeError | None:
 def _with_record(output: Any, record: Record) -> Any:
     if isinstance(output, dict):
         for name, value in output.items():
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                output[name] = value.detach()
+            output[name] = _detached(value)
+    elif type(output) in (list, tuple):
+        output = type(output)(_detached(value) for value in output)
+    else:
+        output = _detached(output)
     try:
         output.record = record
     except AttributeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ class Preview:
 
     Args:
         to: a path, whose picture is written anew each time (of a video its first frames), or a callable
-            `(images, row)` that gets what the losses see, clamped to [0, 1], and the record's row so far (`step`,
-            `progress`, `loss` ...).
+            `(images, row)` that gets what the losses see, pictures clamped to [0, 1], and the record's row so far
+            (`step`, `progress`, `loss` ...).
         every: visits from one to the next.
     """
 
@@ -27,6 +28,14 @@ class Preview:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"a preview every n visits needs n >= 1, got {self.every}")
+        if callable(self.to):
+            return
+        path = Path(self.to) if isinstance(self.to, (str, os.PathLike)) else None
+        if path is None or not path.suffix or not path.parent.is_dir():
+            raise ValueError(
+                "a preview goes to a picture's path in a folder that is there, such as preview.png, or to a function; "
+                f"got {self.to!r}"
+            )
 
     def due(self, count: int) -> bool:
         """Whether the visit after `count` others is shown."""
@@ -35,7 +44,8 @@ class Preview:
     def __call__(self, images: torch.Tensor, row: dict[str, Any]) -> None:
         """Show `images`, `(B, 3, H, W)` or `(B, F, 3, H, W)`."""
         if callable(self.to):
-            self.to(images if images.dim() == 3 else images.clamp(0, 1), row)
+            colours = images.dim() in (4, 5) and images.shape[-3] == 3
+            self.to(images.clamp(0, 1) if colours else images, row)
             return
         from torchvision.utils import save_image
 

@@ -470,3 +470,11 @@ def get(name: str) -> Callable[..., Guidance]:
     close = difflib.get_close_matches(name, _RECIPES, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise LookupError(f"no recipe {name!r}; {hint}recipes are {', '.join(_RECIPES)}")
+
+
+def __getattr__(name: str) -> Any:
+    import difflib
+
+    close = difflib.get_close_matches(name, _RECIPES, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise AttributeError(f"there is no recipe {name!r}{hint}")

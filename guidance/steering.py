@@ -26,6 +26,7 @@ from .step import Run
 # what a scheduler looks up in its own timesteps, in which no step may stand twice
 _LOOKUPS = ("scale_model_input", "add_noise", "scale_noise", "get_velocity", "index_for_timestep", "set_begin_index")
 _MODELS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+_PREPARING = ("prepare_latents", "prepare_intermediate_images")
 
 
 class Steering:
@@ -57,7 +58,8 @@ class Steering:
         self.visits: list = []
         self.position: int | None = None
         self._schedule: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._single: torch.Tensor | None = None
+        self._single: torch.Tensor | None = None  # of latents that the pipeline carries twice, the leaf
+        self._handed: torch.Tensor | None = None  # the leaf that the pipeline was given, of which it may make a copy
         self._inside = False
         self._of: dict[str, Callable] = {}
         self.started = time.perf_counter()
@@ -69,18 +71,21 @@ class Steering:
         with ExitStack() as stack:
             self.scheduler = self.pipe.scheduler = copy.deepcopy(found)
             stack.callback(setattr, self.pipe, "scheduler", found)
+            self.scheduler.__deepcopy__ = self._unsteered
             for name in ("set_timesteps", "step", *_LOOKUPS):
                 if hasattr(self.scheduler, name):  # pipelines look at the signature to see which options there are
                     self._of[name] = getattr(self.scheduler, name)
                     own = getattr(self, name, None) or functools.partial(self._looked_up, name)
                     setattr(self.scheduler, name, functools.wraps(self._of[name])(functools.partial(own)))
-            for name in ("prepare_latents", "get_timesteps"):
+            own = {"get_timesteps": self.get_timesteps, "progress_bar": self.progress_bar}
+            own |= dict.fromkeys(_PREPARING, self.prepare_latents)
+            for name, stand_in in own.items():
                 if hasattr(self.pipe, name):
-                    stack.enter_context(instead(self.pipe, name, getattr(self, name)))
+                    stack.enter_context(instead(self.pipe, name, stand_in))
             guider = getattr(self.pipe, "guider", None)
             if hasattr(guider, "set_state"):
                 stack.enter_context(instead(guider, "set_state", self.set_state))
-            if not hasattr(self.pipe, "prepare_latents"):
+            if not any(hasattr(self.pipe, name) for name in _PREPARING):
                 for name in _MODELS:
                     model = getattr(self.pipe, name, None)
                     if isinstance(model, torch.nn.Module):
@@ -93,9 +98,16 @@ class Steering:
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Set the scheduler's timesteps, then let the pipeline see each as often as it will be visited."""
         self._of["set_timesteps"](*args, **kwargs)
-        solver = Solver(self.scheduler)
+        solver, earlier = Solver(self.scheduler), self.run
+        if list(inspect.signature(type(self.scheduler).step).parameters)[1:4] != ["model_output", "timestep", "sample"]:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes more for a step than a sample and what the model made of it, "
+                "and cannot be guided; choose another scheduler of pipe.scheduler.compatibles"
+            )
         self.run = self.guidance.begin(solver, self.decode, self.seeds)
         self.run.preview = self.preview
+        if earlier is not None:  # pipelines that sample several times, such as long videos piece by piece
+            self.run.go_on_from(earlier)
         self.position = None
         self._expect(self.run.visits)
 
@@ -107,6 +119,8 @@ class Steering:
         bound = inspect.signature(own).bind(*args, **kwargs)
         if bound.arguments.get("num_inference_steps") == len(self.visits):  # counted in what the pipeline sees
             bound.arguments["num_inference_steps"] = len(times)
+        if len(_numbers(bound.arguments.get("timesteps"))) == len(self.visits):
+            bound.arguments["timesteps"] = times
         with self._true_schedule():
             result = own(*bound.args, **bound.kwargs)
         mine = result[0] if isinstance(result, tuple) else result
@@ -118,10 +132,7 @@ class Steering:
     def prepare_latents(self, own: Callable, *args: Any, **kwargs: Any) -> Any:
         """The first latents, as a leaf that requires grad where gradients are taken through the denoiser."""
         made = own(*args, **kwargs)
-        try:
-            self.arguments.update(inspect.signature(own).bind(*args, **kwargs).arguments)
-        except TypeError:
-            pass
+        self.arguments.update(inspect.signature(own).bind(*args, **kwargs).arguments, prepared=made)
         if isinstance(made, tuple):
             return (self._leaf(made[0]), *made[1:])
         return self._leaf(made)
@@ -134,7 +145,18 @@ class Steering:
     def _leaf(self, latents: torch.Tensor) -> torch.Tensor:
         if not self.guidance.active or self.guidance.through != "denoiser":
             return latents
-        return latents.detach().requires_grad_(True)
+        self._handed = latents.detach().requires_grad_(True)
+        return self._handed
+
+    def progress_bar(self, own: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The loop ends where its progress bar does, also when it is cut short."""
+        return _Ending(own(*args, **kwargs), self.ended)
+
+    def ended(self) -> None:
+        """No step is left to be guided: what comes is the pipeline's own decoding, without gradients."""
+        if self.position is not None:
+            torch.set_grad_enabled(False)
+            self.after_last()
 
     def set_state(self, own: Callable, *args: Any, **kwargs: Any) -> Any:
         """A guider of a modular pipeline counts solver steps, not visits."""
@@ -160,6 +182,12 @@ class Steering:
         if self.position is None:
             self._find_start(timestep)
             self.position = 0
+        if self.position == len(self.visits):
+            raise ValueError(
+                f"{type(self.pipe).__name__} calls its scheduler more often than it has steps, which is not known here"
+            )
+        if kwargs.get("per_token_timesteps") is not None:
+            raise ValueError(f"{type(self.pipe).__name__} gives each token a noise of its own, which is not known here")
         visit = self.visits[self.position]
         kwargs["return_dict"] = kwargs.get("return_dict", True)
         x, single, output = sample, self._single, None
@@ -179,17 +207,17 @@ class Steering:
             return output[0] if single is None else output[0][: len(single)]
 
         with self._true_schedule():
-            x = self.run.step(x, model_output[:, :channels], visit, solve, self.started)
+            x = self.run.step(x, model_output[:, :channels], visit, solve, self.started, self._handed)
         self.position += 1
-        if self.position == len(self.visits):
-            self.after_last()
         more = self.position < len(self.visits) and self.run.needs_graph(self.visits[self.position])
         torch.set_grad_enabled(more)
+        if self.position == len(self.visits):
+            self.ended()
         if single is not None:
             x = torch.cat([x, x])
         elif more:
             x = x.detach().requires_grad_(True)
-        self._single = None
+        self._single, self._handed = None, x if more else None
         self.started = time.perf_counter()
         if kwargs["return_dict"]:
             landed, output.prev_sample = output[0], x
@@ -210,12 +238,22 @@ class Steering:
         self.visits, solver = visits, self.run.solver
         steps = [visit.step for visit in visits]
         self._schedule = {"timesteps": (solver.timesteps, solver.timesteps[steps])}
-        sigmas = getattr(self.scheduler, "sigmas", None)
-        if isinstance(sigmas, torch.Tensor) and len(sigmas) == len(solver) + 1 and len(steps) > len(solver):
+        sigmas = solver.sigmas
+        if sigmas is not None:
+            self.scheduler.sigmas = sigmas
+        if sigmas is not None and len(sigmas) == len(solver) + 1 and len(steps) > len(solver):
             self._schedule["sigmas"] = (sigmas, sigmas[[*steps, len(solver)]])
         for name, (_, visited) in self._schedule.items():
             setattr(self.scheduler, name, visited)
         torch.set_grad_enabled(bool(visits) and self.run.needs_graph(visits[0]))
+
+    def _unsteered(self, memo: dict) -> Any:
+        """What a pipeline gets that copies its scheduler: the scheduler alone."""
+        with self._true_schedule():
+            own = {k: v for k, v in vars(self.scheduler).items() if k not in self._of and k != "__deepcopy__"}
+        bare = copy.copy(type(self.scheduler).from_config(self.scheduler.config))
+        vars(bare).update(copy.deepcopy(own, memo))
+        return bare
 
     @contextmanager
     def _true_schedule(self) -> Iterator[None]:
@@ -253,6 +291,31 @@ class Steering:
             x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
             if isinstance(x, torch.Tensor) and x.is_leaf and x.is_floating_point():
                 x.requires_grad_(True)
+
+
+class _Ending:
+    """A progress bar, as a context or to iterate over, that tells when it is left."""
+
+    def __init__(self, bar: Any, ended: Callable[[], None]):
+        self._bar, self._ended = bar, ended
+
+    def __enter__(self) -> Any:
+        return self._bar.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._ended()
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._bar
+        self._ended()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+
+def _numbers(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim()) else ()
 
 
 def _same(one: Any, other: torch.Tensor) -> bool:

@@ -51,6 +51,7 @@ class Run:
         self.preview: Preview | None = None
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)
         self._sources: list[torch.Generator] | None = None
+        self._begun = False
         self._state: Any = None
         self._inner_state: Any = None
         self._toward_state: Any = None
@@ -77,6 +78,7 @@ class Run:
         visit: Visit,
         solve: Callable[[torch.Tensor], torch.Tensor],
         started: float | None = None,
+        source: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """From `x_t` to the sample of the next visit.
 
@@ -86,12 +88,13 @@ class Run:
             visit: which step, which repeat.
             solve: the solver's own step, from a prediction and its sample to `x_{t-1}`.
             started: `time.perf_counter()` before the prediction was made, for the record.
+            source: the same sample as the model saw it, where that is another tensor.
 
         Returns:
             `x_{t-1}`, or under time travel the re-noised `x_t` for the next visit; detached.
         """
         started = time.perf_counter() if started is None else started
-        if self._sources is None:
+        if not self._begun:
             self._begin(x.detach())
         solver, guidance = self.solver, self.guidance
         level, after = solver.levels[visit.step], solver.levels[visit.step + 1]
@@ -104,7 +107,7 @@ class Run:
             sigma=level.sigma.tolist(),
         )
         terms = self._terms(visit.step)
-        seen = self._look(x, prediction, terms, visit.step, row) if terms else None
+        seen = self._look(x, prediction, terms, visit.step, row, source) if terms else None
         x, prediction = x.detach(), prediction.detach()
         if self.preview is not None and self.preview.due(len(self.record.rows)):
             with torch.no_grad():
@@ -133,6 +136,10 @@ class Run:
         self.record.add(**row, seconds=time.perf_counter() - started)
         return x_next
 
+    def go_on_from(self, earlier: Run) -> None:
+        """Add to the record of an earlier run of the same call, and draw what it did not."""
+        self.record, self._sources = earlier.record, earlier._sources
+
     def finish(self, x: torch.Tensor) -> torch.Tensor | None:
         """The samples `(N,)` to keep of the last ones, by index, where there are particles; else None."""
         if self._population is None:
@@ -143,7 +150,9 @@ class Run:
 
     def _begin(self, x: torch.Tensor) -> None:
         guidance = self.guidance
-        self._sources = generators(self._seeds(len(x)), "guidance")
+        self._begun = True
+        if self._sources is None or len(self._sources) != len(x):
+            self._sources = generators(self._seeds(len(x)), "guidance")
         self._state = None if guidance.rule is None else guidance.rule.init(x)
         self._inner_state = None if guidance.inner is None else guidance.inner.rule.init(x)
         self._toward_state = guidance.toward.rule.init(x) if isinstance(guidance.toward, Inner) else None
@@ -153,24 +162,27 @@ class Run:
                 f"remixing noise needs a solver that starts from the sample it is given, which {name} does not",
                 "Euler, DDIM or DPM-Solver++",
             )
+        pictures = len(x) // guidance.candidates
+        for term in () if guidance.loss is None else guidance.loss.terms():
+            wanted = getattr(term.loss, "batch", None) or 1
+            if wanted not in (1, pictures):
+                raise ValueError(f"the loss '{term.name}' is for {wanted} pictures, one each, and {pictures} are drawn")
         if guidance.candidates > 1:
             self._population = Population(guidance.particles, guidance.strength, self._sources)
 
-    def _look(self, x, prediction, terms: list, step: int, row: dict) -> _Seen | None:
+    def _look(self, x, prediction, terms: list, step: int, row: dict, source=None) -> _Seen | None:
         """What the losses say of this step; None where nothing moves."""
         guidance, solver, kind = self.guidance, self.solver, self.solver.kind
         level = solver.levels[step]
         dtype = torch.promote_types(x.dtype, torch.float32)
         through = guidance.goes_through(step)
-        if through and not (prediction.requires_grad and x.requires_grad):
-            raise ValueError(
-                "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in "
-                "inference mode, is not differentiable, or a callback returned a sample without gradients; choose "
-                'through="x0", which needs none'
-            )
-        with torch.set_grad_enabled(through):
-            x0 = level.x0(prediction.to(dtype), x.to(dtype), kind)
-        sample, place, drawn = x.detach().to(dtype), x0.detach(), None
+        if through and not prediction.requires_grad:
+            raise _no_gradient()
+        with torch.set_grad_enabled(through):  # as a function of what was predicted and of the sample, each by itself
+            predicted, sample = (one.detach().to(dtype).requires_grad_(through) for one in (prediction, x))
+            x0 = level.x0(predicted, sample, kind)
+        place, drawn = x0.detach(), None
+        leaves, sample = (predicted, sample), sample.detach()
         noise = level.noise(prediction.detach().to(dtype), sample, kind)
         if guidance.edit == "anchor" and guidance.active:
             if self._anchor is None:
@@ -206,7 +218,7 @@ class Run:
             goal = -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
         g = goal
         if through:
-            g = pulled_back(x0, x, goal).to(dtype) * level.stretch.to(dtype)
+            g = self._through(prediction, x0, leaves, (x, source), goal) * level.stretch.to(dtype)
         if g is not None:
             fine = fine & torch.isfinite(g).flatten(1).all(1)
             g = torch.where(per_sample(fine, g, torch.bool), g, 0)
@@ -226,6 +238,15 @@ class Run:
                 self._anchor = reordered(self._anchor, order, batch)
         return seen
 
+    def _through(self, prediction, x0, leaves: tuple, samples: tuple, goal: torch.Tensor) -> torch.Tensor:
+        """The product of `goal` with the Jacobian of x0 in the sample: directly, and through the denoiser."""
+        of_prediction, directly = torch.autograd.grad(x0, leaves, goal, allow_unused=True)
+        samples = [one for one in samples if one is not None and one.requires_grad]
+        found = None if of_prediction is None else pulled_back(prediction, samples, of_prediction)
+        if of_prediction is not None and (found is None or found.shape != goal.shape):
+            raise _no_gradient()
+        return sum(one.to(goal.dtype) for one in (found, directly) if one is not None)
+
     def _gradient_at(self, x0: torch.Tensor, terms: list, blur: torch.Tensor | None):
         """Gradient at x0 (None where none is needed), loss and terms, smoothed over the copies in `blur`."""
         if blur is None:
@@ -240,10 +261,7 @@ class Run:
             leaf = x0.detach().requires_grad_(gradient)
             image = self.decode(leaf)
         if gradient and not image.requires_grad:
-            raise ValueError(
-                "the decoder is not differentiable: what it returns does not depend on the latents through torch "
-                "operations; pass a differentiable decode, or an autoencoder (guide(..., vae=AutoencoderTiny...))"
-            )
+            raise _no_decoder()
         seen = image.detach()
         seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
         draws = None
@@ -253,6 +271,8 @@ class Run:
         g, loss, values = loss_gradient(seen, terms, None if draws is None else augment, draws, gradient=gradient)
         if g is not None:
             g = pulled_back(image, leaf, g)
+            if g is None:
+                raise _no_decoder()
         return g, loss, values
 
     def _descent(self, inner: Inner, state: Any, signal: Signal, terms: list, blur: torch.Tensor | None):
@@ -409,6 +429,21 @@ class _Seen:
             signal = replace(signal, floor=signal.floor[order.to(signal.floor.device)])
         fine = self.fine[order.to(self.fine.device)]
         return _Seen(signal, fine, reordered(self.displacement, order, batch), order)
+
+
+def _no_gradient() -> ValueError:
+    return ValueError(
+        "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in inference "
+        "mode, is not differentiable, was given another tensor than the solver, or a callback returned a sample "
+        'without gradients; choose through="x0", which needs none'
+    )
+
+
+def _no_decoder() -> ValueError:
+    return ValueError(
+        "the decoder is not differentiable: what it returns does not depend on the latents through torch operations; "
+        "pass a differentiable decode, or an autoencoder (guide(..., vae=AutoencoderTiny...))"
+    )
 
 
 def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

@@ -28,6 +28,7 @@ class ClassLabel(Loss):
     Source: classifier guidance, Dhariwal and Nichol 2021 (arXiv 2105.05233); training-free: arXiv 2403.12404.
     """
 
+    pictures = True
     name = "class-label"
 
     def __init__(
@@ -59,6 +60,7 @@ class ClassLabel(Loss):
                 f"a class is given by its index, and by its name only with classifier='demo', got {label!r}"
             )
         self.labels = torch.tensor([int(one) for one in labels])
+        self.batch = len(self.labels)
         if len(self.labels) == 0 or self.labels.min() < 0:
             raise ValueError(f"a label is a class index from 0 on, got {label!r}")
         self.network = FrozenNetwork(network, size=size, mean=mean, std=std)

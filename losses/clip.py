@@ -144,6 +144,8 @@ _DISTANCES = {"cosine": _cosine, "spherical": _spherical}
 
 
 class _ClipLoss(Loss):
+    pictures = True
+
     def __init__(self, model: str, pretrained: str | None, distance: str):
         if distance not in _DISTANCES:
             raise ValueError(f"distance is one of {', '.join(_DISTANCES)}, got {distance!r}")
@@ -191,6 +193,7 @@ class ClipText(_ClipLoss):
         if not prompts:
             raise ValueError("a list of prompts must not be empty")
         self.target = F.normalize(self.clip.embed_text(prompts), dim=-1)
+        self.batch = len(prompts)
         self.settings = {"prompt": prompt if isinstance(prompt, str) else prompts, **self.settings}
         self.arguments = self.settings
 

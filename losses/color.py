@@ -57,6 +57,7 @@ class Color(Loss):
     Source: sliced Wasserstein distance of colours: Rabin et al. 2011; CIE 1976 L*a*b*.
     """
 
+    pictures = True
     name = "color"
     augment = False
 

@@ -58,6 +58,8 @@ class Loss(Composable):
         name: the term's name in records; the class name unless set.
         augment: whether random augmentation suits the loss: yes where a network judges, no where pixels must match.
         floor: the loss of a perfect picture where it is known (a measurement's noise level), else None.
+        batch: for how many pictures it is, where each has a target of its own; None where it suits any number.
+        pictures: whether it looks at colour pictures only, not at videos and sound.
         settings: plain data (strings, numbers, lists) that describe the loss in records and JSON files.
         arguments: what the constructor takes to make the loss again, by which the library's own losses are saved.
     """
@@ -65,6 +67,8 @@ class Loss(Composable):
     name: str = ""
     augment: bool = True
     floor: float | torch.Tensor | None = None
+    batch: int | None = None
+    pictures: bool = False
     settings: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
 
@@ -97,8 +101,15 @@ class Term(Composable):
     augment: bool = True
 
     def __post_init__(self) -> None:
-        if not callable(self.loss):
-            raise TypeError(f"a loss is a callable (image) -> (B,), got {self.loss!r}")
+        if not callable(self.loss) or isinstance(self.loss, type):
+            hint = ""
+            if isinstance(self.loss, str):
+                hint = f"; a text is wished by ClipText({self.loss!r})"
+            elif isinstance(self.loss, (list, tuple)):
+                hint = "; losses are added: one + other"
+            elif isinstance(self.loss, type):
+                hint = f"; make one: {self.loss.__name__}(...)"
+            raise TypeError(f"a loss is a callable (image) -> (B,), got {self.loss!r}{hint}")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"a weight is finite and not negative, got {self.weight} for {self.loss!r}")
         if not self.name:
@@ -117,6 +128,11 @@ class Term(Composable):
         Raises:
             ValueError: the loss returned something else than one number per sample.
         """
+        if getattr(self.loss, "pictures", False) and (image.dim() != 4 or image.shape[1] != 3):
+            raise ValueError(
+                f"loss '{self.name}' looks at pictures (B, 3, H, W), got {tuple(image.shape)}; Frames(loss) makes one "
+                "for videos (B, F, 3, H, W)"
+            )
         value = self.loss(image)
         if not isinstance(value, torch.Tensor) or value.shape != (len(image),):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -44,6 +44,7 @@ class Measurement(Loss):
         y = y[None] if y.ndim == 3 else y
         observed = torch.ones_like(y) * _observed(operator, y)
         self.y = torch.where(observed > 0, y, 0)
+        self.batch = len(self.y)
         counts = observed.reshape(len(observed), -1).sum(1)
         floor = sigma * counts.sqrt()
         self.floor = floor[0].item() if (counts == counts[0]).all() else floor

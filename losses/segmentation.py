@@ -34,6 +34,7 @@ class Segmentation(Loss):
     Source: universal guidance, Bansal et al. 2023 (arXiv 2302.07121); the l2 form: Shen et al. 2024 (arXiv 2403.12404).
     """
 
+    pictures = True
     name = "segmentation"
 
     def __init__(
@@ -61,7 +62,7 @@ class Segmentation(Loss):
                 "a target is integer class indices (H, W) or (B, H, W), or float scores (K, h, w) or (B, K, h, w), "
                 f"got {target.dtype} {tuple(target.shape)}"
             )
-        self.target = target
+        self.target, self.batch = target, len(target)
         self.arguments = {"network": network, "target": target, "mean": mean, "std": std, "size": size}
 
     def _scores(self, image: torch.Tensor) -> torch.Tensor:

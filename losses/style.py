@@ -44,6 +44,7 @@ class Style(Loss):
     Source: Gatys et al. 2016 (CVPR, arXiv 1508.06576); with CLIP: FreeDoM, Yu et al. 2023 (arXiv 2303.09833).
     """
 
+    pictures = True
     name = "style"
     augment = False  # shifted and resized copies have other textures than the picture itself
 

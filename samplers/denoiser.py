@@ -67,7 +67,8 @@ def denoiser(
         model: a diffusers model (`UNet2DModel` ...), or any callable `(x_t, t) -> prediction`, `x_t` `(B, C, H, W)` and
             `t` 0-dimensional, scaled as the scheduler scales its model's input.
         scheduler: any diffusers scheduler with a readable noise level; never mutated.
-        kind: "epsilon", "sample", "v_prediction", "flow" or "edm"; by default what the scheduler's config says.
+        kind: one of `lossguide.samplers.levels.KINDS`, such as "epsilon", "sample", "v_prediction", "flow" or "edm"; by
+            default what the scheduler's config says.
         shape: shape of one sample; by default read from the model's config.
         decode: sample -> picture for the losses, differentiable; by default from [-1, 1] to [0, 1], one channel
             repeated to three.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _UNREADABLE = ("CMStochastic",)  # its sigmas are not the levels at which the model is asked
-KINDS = ("epsilon", "sample", "v_prediction", "flow", "edm", "edm-v")
+KINDS = ("epsilon", "sample", "v_prediction", "flow", "reverse-flow", "edm", "edm-v")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,9 @@ class Level:
         """The clean sample that a prediction of `kind` at sample `x` means, same shape as `x`.
 
         epsilon: `(x - s e) / a`; sample: the prediction; v_prediction, `v = (a e - s x_0) / c` with
-        `c**2 = a**2 + s**2`: `(a x / c - s v) / c`; flow, `u = e - x_0`: `(x - s u) / (a + s)`; edm:
-        `c_skip x + c_out F` (Karras et al. 2022); edm-v: the same with `-c_out` (diffusers' EDM with v_prediction).
+        `c**2 = a**2 + s**2`: `(a x / c - s v) / c`; flow, `u = e - x_0`: `(x - s u) / (a + s)`; reverse-flow, the same
+        with `-u` (models whose time runs from noise to data, such as Mochi); edm: `c_skip x + c_out F` (Karras et al.
+        2022); edm-v: the same with `-c_out` (diffusers' EDM with v_prediction).
         """
         a, s = self.alpha, self.sigma
         if kind == "epsilon":
@@ -57,6 +58,8 @@ class Level:
             return (a / c) * (x / c) - (s / c) * prediction
         if kind == "flow":
             return (x - s * prediction) / (a + s)
+        if kind == "reverse-flow":
+            return (x + s * prediction) / (a + s)
         if kind in ("edm", "edm-v"):
             c_skip, c_out = self._edm(kind)
             return c_skip * x + c_out * prediction
@@ -73,6 +76,8 @@ class Level:
             return (s / c) * (x / c) + (a / c) * prediction
         if kind == "flow":
             return (x + a * prediction) / (a + s)
+        if kind == "reverse-flow":
+            return (x - a * prediction) / (a + s)
         x0 = self.x0(prediction, x, kind)
         return torch.where(_like(s, x) > 0, (x - a * x0) / s.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
 
@@ -87,6 +92,8 @@ class Level:
             return (a * noise - s * x0) / (a**2 + s**2).sqrt()
         if kind == "flow":
             return noise - x0
+        if kind == "reverse-flow":
+            return x0 - noise
         if kind in ("edm", "edm-v"):
             c_skip, c_out = self._edm(kind)
             return (x0 - c_skip * self.mix(x0, noise)) / c_out
@@ -164,8 +171,13 @@ def scheduler_levels(scheduler) -> list[Level]:
         sigmas = [float(s) for s in sigmas[: count + 1]]
         sigmas += [0.0] * (count + 1 - len(sigmas))
         sigmas = _between(scheduler, sigmas)
-        if prediction_kind(scheduler) == "flow":
-            return [Level.of(1 - s, s) for s in sigmas]
+        kind = prediction_kind(scheduler)
+        if kind in ("flow", "reverse-flow"):
+            if max(sigmas) > 1 + 1e-4:
+                raise ValueError(
+                    f"the noise level of {name} cannot be read: a flow's sigmas are at most 1, got {sigmas[0]:g}"
+                )
+            return [Level.of(s, 1 - s) if kind == "reverse-flow" else Level.of(1 - s, s) for s in sigmas]
         if name.startswith("EDM"):
             return [Level.of(1.0, s, config.sigma_data) for s in sigmas]
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
@@ -199,11 +211,11 @@ def prediction_kind(scheduler) -> str:
     """What a model under this diffusers scheduler predicts, one of `KINDS`."""
     name = type(scheduler).__name__
     if name.startswith("FlowMatch"):
-        return "flow"
+        return "reverse-flow" if getattr(scheduler.config, "invert_sigmas", False) else "flow"
     kind = getattr(scheduler.config, "prediction_type", "epsilon")
     if name.startswith("EDM"):
         return "edm-v" if kind == "v_prediction" else "edm"
-    kind = {"flow_prediction": "flow"}.get(kind, kind)
+    kind = {"flow_prediction": "flow", "original_sample": "sample"}.get(kind, kind)
     return check_kind(kind)
 
 

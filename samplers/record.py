@@ -29,6 +29,11 @@ class Record:
         self.nonfinite: torch.Tensor | None = None
         self.settings: dict[str, Any] = {}
 
+    def __repr__(self) -> str:
+        ends = self.losses().mean(1)[[0, -1]].tolist() if self.guided else []
+        fell = f", loss {ends[0]:.4g} -> {ends[1]:.4g}" if ends else ""
+        return f"Record({len(self.rows)} visits, {len(self.guided)} guided{fell})"
+
     def add(self, **row: Any) -> None:
         """Append a row."""
         self.rows.append(row)
@@ -72,8 +77,14 @@ class Record:
         return list(dict.fromkeys(name for row in self.guided for name in row["terms"]))
 
     def losses(self, term: str | None = None) -> torch.Tensor:
-        """Losses `(visits, B)` on the CPU: of a term, or the weighted sum; NaN where the term did not act."""
+        """Losses `(guided visits, B)` on the CPU: of a term, or the weighted sum; NaN where the term did not act.
+
+        Raises:
+            ValueError: there is no such term.
+        """
         rows = self.guided
+        if term is not None and rows and term not in self.terms:
+            raise ValueError(f"there is no term {term!r} in the record; there are {', '.join(self.terms)}")
         if not rows:
             return torch.zeros(0, 0)
         missing = torch.full_like(rows[0]["loss"], float("nan"))

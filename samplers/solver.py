@@ -18,6 +18,7 @@ class Solver:
 
     Attributes:
         timesteps: what the model is told, `(N,)`, on the device.
+        sigmas: the scheduler's own, as it keeps them, or None.
         times: the same as numbers, read once so that no step waits for the device.
         levels: `N + 1` noise levels; step `i` leads from `levels[i]` to `levels[i + 1]`.
         kind: what the model predicts.
@@ -28,6 +29,7 @@ class Solver:
     def __init__(self, scheduler) -> None:
         self.scheduler = scheduler
         self.timesteps: torch.Tensor = scheduler.timesteps
+        self.sigmas: torch.Tensor | None = getattr(scheduler, "sigmas", None)
         self.times: list[float] = scheduler.timesteps.tolist()
         self.levels: list[Level] = scheduler_levels(scheduler)
         self.kind: str = prediction_kind(scheduler)

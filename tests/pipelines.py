@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from models import tiny_stable_diffusion, tiny_unet, vp_scheduler
+from pipelines_video import VIDEOS
 from tiny import (
+    SDXL,
     TEXT,
     Options,
+    Tiny,
     audio_unet,
     audio_unet_2,
     aura_transformer,
     autoencoder,
+    cascade_autoencoder,
+    cascade_unet,
+    chroma_transformer,
     clip_text,
     clip_tokenizer,
+    cogview_transformer,
     controlnet,
     dit_transformer,
     flow_autoencoder,
+    flux2_autoencoder,
+    flux2_transformer,
     flux_transformer,
     grids,
     ip_adapter,
     labels,
-    ltx_autoencoder,
-    ltx_transformer,
+    list_in,
+    lumina_transformer,
     masks,
     negatives,
     noise,
+    one_by_one,
     options,
     photos,
     pixart_transformer,
@@ -41,61 +49,23 @@ from tiny import (
     sana_transformer,
     sd3_transformer,
     sdxl_unet,
+    simple_unet,
     sound_autoencoder,
     sound_projection,
     sound_transformer,
     t5,
     text_options,
     text_unet,
+    told,
+    unmasked,
     vocoder,
     vq_autoencoder,
-    wan_autoencoder,
-    wan_transformer,
     word_tokenizer,
     z_transformer,
 )
 
-
-@dataclass(frozen=True)
-class Tiny:
-    """A pipeline of random weights: how to build it, and how to ask it for `batch` pictures from number `first` on."""
-
-    name: str
-    build: Callable[[], DiffusionPipeline]
-    options: Options
-    output: str = "images"
-    kind: str = "image"
-
-    def result(self, output) -> torch.Tensor:
-        """The pictures, videos or sounds of what the pipeline returned, as one tensor, channels before rows."""
-        made = getattr(output, self.output)
-        return made if isinstance(made, torch.Tensor) else torch.from_numpy(made).movedim(-1, 1)
-
-
 PIPELINES: dict[str, Tiny] = {}
-
-
-def listed(name: str, options: Options, **about) -> Callable:
-    """Lists a function that makes a pipeline; listed, it is seeded and leaves the caller's random numbers alone."""
-
-    def enter(make: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
-        @functools.wraps(make)
-        def build() -> DiffusionPipeline:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                pipe = make()
-            for part in pipe.components.values():
-                if isinstance(part, torch.nn.Module):
-                    part.eval()
-            for one in (pipe, *vars(pipe).values()):
-                if isinstance(one, DiffusionPipeline):
-                    one.set_progress_bar_config(disable=True)
-            return pipe
-
-        PIPELINES[name] = Tiny(name, build, options, **about)
-        return make
-
-    return enter
+listed = functools.partial(list_in, PIPELINES)
 
 
 def count(batch: int, first: int = 0) -> int:
@@ -162,6 +132,19 @@ def sd_ip_adapter() -> DiffusionPipeline:
     return pipe
 
 
+@listed("sd-upscale", text_options(None, image=photos(8)))
+def sd_upscale() -> DiffusionPipeline:
+    """Its U-Net sees the small picture, and is told how noisy that is."""
+    return diffusers.StableDiffusionUpscalePipeline(
+        vae=autoencoder(halvings=2, scaling_factor=0.08333),
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(),
+        unet=text_unet(4 + 3, num_class_embeds=400),
+        low_res_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        scheduler=vp_scheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+    )
+
+
 @listed("lcm", text_options())
 def lcm() -> DiffusionPipeline:
     """Told how strongly to guide, it draws noise at each step."""
@@ -189,6 +172,17 @@ def sdxl() -> DiffusionPipeline:
 @listed("sdxl-img2img", text_options(None, image=photos(), strength=0.75))
 def sdxl_img2img() -> DiffusionPipeline:
     return diffusers.StableDiffusionXLImg2ImgPipeline(**sdxl_parts(), add_watermarker=False)
+
+
+@listed("sdxl-inpaint", text_options(image=photos(), mask_image=masks()))
+def sdxl_inpaint() -> DiffusionPipeline:
+    return diffusers.StableDiffusionXLInpaintPipeline(**sdxl_parts(), add_watermarker=False)
+
+
+@listed("sdxl-controlnet", text_options(image=photos()))
+def sdxl_controlnet() -> DiffusionPipeline:
+    parts = sdxl_parts() | dict(controlnet=controlnet(**SDXL))
+    return diffusers.StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
 
 
 @listed("sdxl-turbo", text_options(num_inference_steps=2, guidance_scale=0.0))
@@ -320,19 +314,6 @@ def auraflow() -> DiffusionPipeline:
     )
 
 
-def told() -> dict:
-    """Embeddings in place of prompts, for pipelines whose language models are too much to imitate."""
-    return dict(
-        prompt=None,
-        prompt_embeds=noise(TEXT, 32),
-        negative_prompt_embeds=lambda batch, first=0: torch.zeros(batch, TEXT, 32),
-    )
-
-
-def unmasked(batch: int, first: int = 0) -> torch.Tensor:
-    return torch.ones(batch, TEXT, dtype=torch.long)
-
-
 @listed(
     "qwen-image",
     text_options(
@@ -353,10 +334,6 @@ def qwen_image() -> DiffusionPipeline:
     )
 
 
-def one_by_one(tensors: Callable[[int, int], torch.Tensor]) -> Callable[[int, int], list[torch.Tensor]]:
-    return lambda batch, first=0: list(tensors(batch, first))
-
-
 @listed("z-image", text_options(**{name: value and one_by_one(value) for name, value in told().items()}))
 def z_image() -> DiffusionPipeline:
     return diffusers.ZImagePipeline(
@@ -368,28 +345,113 @@ def z_image() -> DiffusionPipeline:
     )
 
 
-VIDEO = dict(output="frames", kind="video")
-
-
-@listed("ltx", text_options(32, num_frames=5, max_sequence_length=TEXT), **VIDEO)
-def ltx() -> DiffusionPipeline:
-    return diffusers.LTXPipeline(
+@listed("flux2", text_options(**told()))
+def flux2() -> DiffusionPipeline:
+    return diffusers.Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=ltx_autoencoder(),
-        text_encoder=t5(),
-        tokenizer=word_tokenizer(),
-        transformer=ltx_transformer(),
+        vae=flux2_autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=flux2_transformer(),
     )
 
 
-@listed("wan", text_options(32, num_frames=5, max_sequence_length=TEXT), **VIDEO)
-def wan() -> DiffusionPipeline:
-    return diffusers.WanPipeline(
-        tokenizer=word_tokenizer(),
+@listed(
+    "lumina2",
+    text_options(32, **told(), prompt_attention_mask=unmasked, negative_prompt_attention_mask=unmasked),
+)
+def lumina2() -> DiffusionPipeline:
+    """Takes for granted that its autoencoder halves three times; its network is told how little noise there is."""
+    return diffusers.Lumina2Pipeline(
+        transformer=lumina_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=flow_autoencoder(3),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+@listed("cogview4", text_options(**told()))
+def cogview4() -> DiffusionPipeline:
+    return diffusers.CogView4Pipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=flow_autoencoder(),
+        transformer=cogview_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+        ),
+    )
+
+
+@listed("chroma", text_options(max_sequence_length=TEXT))
+def chroma() -> DiffusionPipeline:
+    return diffusers.ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+        vae=flow_autoencoder(),
         text_encoder=t5(),
-        vae=wan_autoencoder(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=wan_transformer(),
+        tokenizer=word_tokenizer(),
+        transformer=chroma_transformer(),
+    )
+
+
+@listed("stable-cascade", text_options(None, image_embeddings=noise(4, 4, 4)))
+def stable_cascade() -> DiffusionPipeline:
+    """The decoder, told a small picture's embedding; its time runs from 1 to 0."""
+    return diffusers.StableCascadeDecoderPipeline(
+        decoder=cascade_unet(),
+        tokenizer=clip_tokenizer(),
+        text_encoder=clip_text(projected=True),
+        scheduler=diffusers.DDPMWuerstchenScheduler(),
+        vqgan=cascade_autoencoder(),
+        latent_dim_scale=2.0,
+    )
+
+
+@listed(
+    "kandinsky22",
+    options(
+        image_embeds=noise(32),
+        negative_image_embeds=lambda batch, first=0: torch.zeros(batch, 32),
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        output_type="np",
+    ),
+)
+def kandinsky22() -> DiffusionPipeline:
+    """The decoder, told an image's embedding; only its arrays are in [0, 1]."""
+    return diffusers.KandinskyV22Pipeline(
+        unet=simple_unet(out_channels=8, encoder_hid_dim_type="image_proj", addition_embed_type="image"),
+        scheduler=diffusers.DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, variance_type="learned_range", clip_sample_range=2.0
+        ),
+        movq=vq_autoencoder(block_out_channels=(32, 32), latent_channels=4, norm_type="spatial"),
+    )
+
+
+@listed("deepfloyd-if", text_options(**told(), output_type="np"))
+def deepfloyd_if() -> DiffusionPipeline:
+    """In pixels; only its arrays are in [0, 1]."""
+    return diffusers.IFPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        unet=simple_unet(
+            channels=3,
+            out_channels=6,
+            encoder_hid_dim_type="text_proj",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            cross_attention_dim=32,
+            cross_attention_norm="group_norm",
+        ),
+        scheduler=diffusers.DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, sample_max_value=1.5
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
     )
 
 
@@ -448,3 +510,6 @@ def stable_audio() -> DiffusionPipeline:
         transformer=sound_transformer(),
         scheduler=diffusers.EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_data=1.0),
     )
+
+
+PIPELINES |= VIDEOS

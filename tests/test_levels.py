@@ -88,6 +88,7 @@ SCHEDULERS = {
     "unipc": diffusers.UniPCMultistepScheduler(**VP, solver_order=1, final_sigmas_type="zero"),
     "edm": diffusers.EDMEulerScheduler(),
     "flow": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow-inverted": diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
 }
 
 
@@ -112,6 +113,14 @@ def test_a_scheduler_whose_level_cannot_be_read_is_refused():
     scheduler = diffusers.VQDiffusionScheduler(num_vec_classes=8)
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match="VQDiffusionScheduler cannot be read"):
+        scheduler_levels(scheduler)
+
+
+def test_a_flow_beyond_pure_noise_is_refused():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002)  # as Cosmos does
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="at most 1, got 80"):
         scheduler_levels(scheduler)
 
 

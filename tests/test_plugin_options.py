@@ -102,7 +102,7 @@ def test_views_are_chosen_by_name():
         drawn(guided, "audioldm", 1)
         assert guided.record.losses()[-1] < guided.record.losses()[0]
     assert set(shapes) == {(1, 1, 16, 16), (1, 1, 64)}
-    with pytest.raises(ValueError, match="no view 'picture'.*spectrogram, waveform"):
+    with pytest.raises(ValueError, match="no view 'picture'.*waveform, spectrogram"):
         guide(made("audioldm"), recipes.auto(loss), decode="picture")
 
 

@@ -1,15 +1,20 @@
 """Parts of tiny diffusers pipelines: tokenizers of a handful of words, text encoders, autoencoders, networks of random
-weights, and what the pipelines are asked for."""
+weights, what the pipelines are asked for, and how they are listed."""
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.models import StableCascadeUNet
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 from torchvision.transforms.functional import to_pil_image
 from transformers import (
     CLIPTextConfig,
@@ -27,6 +32,45 @@ WORDS = ("a", "b", "o", "t")
 TEXT = 8  # tokens of a prompt
 MEAN, STD = (0.1, -0.2, 0.3, -0.4), (1.5, 0.8, 1.2, 0.6)  # of latents whose autoencoder says so
 Options = Callable[..., dict]  # of how many pictures, from which number on
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A pipeline of random weights: how to build it, and how to ask it for `batch` pictures from number `first` on."""
+
+    name: str
+    build: Callable[[], DiffusionPipeline]
+    options: Options
+    output: str = "images"
+    kind: str = "image"
+
+    def result(self, output) -> torch.Tensor:
+        """The pictures, videos or sounds of what the pipeline returned, as one tensor, channels before rows."""
+        made = getattr(output, self.output)
+        return made if isinstance(made, torch.Tensor) else torch.from_numpy(made).movedim(-1, 1)
+
+
+def list_in(pipelines: dict[str, Tiny], name: str, options: Options, **about) -> Callable:
+    """Lists a function that makes a pipeline; listed, it is seeded and leaves the caller's random numbers alone."""
+
+    def enter(make: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
+        @functools.wraps(make)
+        def build() -> DiffusionPipeline:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                pipe = make()
+            for part in pipe.components.values():
+                if isinstance(part, torch.nn.Module):
+                    part.eval()
+            for one in (pipe, *vars(pipe).values()):
+                if isinstance(one, DiffusionPipeline):
+                    one.set_progress_bar_config(disable=True)
+            return pipe
+
+        pipelines[name] = Tiny(name, build, options, **about)
+        return make
+
+    return enter
 
 
 def randomised(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
@@ -102,6 +146,23 @@ def text_options(size: int | None = 16, **values) -> Options:
     return options(**{name: value for name, value in (common | values).items() if value is not None})
 
 
+def told() -> dict:
+    """Embeddings in place of prompts, for pipelines whose language models are too much to imitate."""
+    return dict(
+        prompt=None,
+        prompt_embeds=noise(TEXT, 32),
+        negative_prompt_embeds=lambda batch, first=0: torch.zeros(batch, TEXT, 32),
+    )
+
+
+def unmasked(batch: int, first: int = 0) -> torch.Tensor:
+    return torch.ones(batch, TEXT, dtype=torch.long)
+
+
+def one_by_one(tensors: Callable[[int, int], torch.Tensor]) -> Callable[[int, int], list[torch.Tensor]]:
+    return lambda batch, first=0: list(tensors(batch, first))
+
+
 def clip_tokenizer(length: int = TEXT) -> CLIPTokenizer:
     words = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in WORDS), *WORDS[:2]]
     with tempfile.TemporaryDirectory() as folder:
@@ -151,79 +212,42 @@ def t5() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=8, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
-def autoencoder(channels: int = 3, **values) -> diffusers.AutoencoderKL:
-    """Halves each side."""
-    return diffusers.AutoencoderKL(
-        **dict(
-            block_out_channels=(8, 8),
-            in_channels=channels,
-            out_channels=channels,
-            latent_channels=4,
-            sample_size=16,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        )
-        | values
-    )
-
-
-def flow_autoencoder() -> diffusers.AutoencoderKL:
-    """The shifted kind of SD3 and Flux, without quantising layers."""
-    return autoencoder(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
-
-
-def vq_autoencoder() -> diffusers.VQModel:
-    """Its codes drawn from a normal law, for they start out too alike to tell pictures apart."""
-    vae = diffusers.VQModel(
-        block_out_channels=(8, 8),
-        latent_channels=3,
-        num_vq_embeddings=32,
-        norm_num_groups=4,
+def blocks(halvings: int = 1) -> dict:
+    """Of an autoencoder that halves each side so many times."""
+    return dict(
+        block_out_channels=(8,) * (halvings + 1),
+        down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+        up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
+        latent_channels=4,
         sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
     )
+
+
+def autoencoder(channels: int = 3, halvings: int = 1, **values) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(in_channels=channels, out_channels=channels, **blocks(halvings), **values)
+
+
+def flow_autoencoder(halvings: int = 1) -> diffusers.AutoencoderKL:
+    """The shifted kind of SD3 and Flux, without quantising layers."""
+    return autoencoder(
+        halvings=halvings, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
+    )
+
+
+def flux2_autoencoder() -> diffusers.AutoencoderKLFlux2:
+    """It knows the mean and the width of each place of 2 x 2 latent pixels."""
+    vae = diffusers.AutoencoderKLFlux2(**blocks())
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
+def vq_autoencoder(**values) -> diffusers.VQModel:
+    """Its codes drawn from a normal law, for they start out too alike to tell pictures apart."""
+    vae = diffusers.VQModel(**blocks() | dict(latent_channels=3, num_vq_embeddings=32) | values)
     torch.nn.init.normal_(vae.quantize.embedding.weight)
     return vae
-
-
-def ltx_autoencoder() -> diffusers.AutoencoderKLLTXVideo:
-    """4 times smaller in space, twice in time, and with a mean and a width of its latents to undo."""
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        down_block_types=("LTXVideoDownBlock3D",) * 2,
-        decoder_block_out_channels=(8, 8),
-        layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(True, False),
-        decoder_spatio_temporal_scaling=(True, False),
-        decoder_inject_noise=(False,) * 3,
-        downsample_type=("conv", "conv"),
-        upsample_residual=(False, False),
-        upsample_factor=(1, 1),
-        patch_size=2,
-    )
-    vae.latents_mean.copy_(torch.tensor(MEAN))
-    vae.latents_std.copy_(torch.tensor(STD))
-    return vae
-
-
-def wan_autoencoder() -> diffusers.AutoencoderKLWan:
-    """4 times smaller in space, twice in time."""
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=list(MEAN),
-        latents_std=list(STD),
-        scale_factor_spatial=4,
-        scale_factor_temporal=2,
-    )
-    return randomised(vae)
 
 
 def text_unet(channels: int = 4, **values) -> diffusers.UNet2DConditionModel:
@@ -244,18 +268,21 @@ def text_unet(channels: int = 4, **values) -> diffusers.UNet2DConditionModel:
     )
 
 
-def controlnet() -> diffusers.ControlNetModel:
+def controlnet(**values) -> diffusers.ControlNetModel:
     """Its last layers start at zero, so that all are moved."""
     return randomised(
         diffusers.ControlNetModel(
-            in_channels=4,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            conditioning_embedding_out_channels=(8, 8),
+            **dict(
+                in_channels=4,
+                layers_per_block=1,
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                cross_attention_dim=16,
+                attention_head_dim=4,
+                conditioning_embedding_out_channels=(8, 8),
+            )
+            | values
         )
     )
 
@@ -278,16 +305,33 @@ def ip_adapter(unet: diffusers.UNet2DConditionModel, width: int = 16, tokens: in
     return {"image_proj": projection, "ip_adapter": keys}
 
 
+# told sizes and crops (six numbers) and the pooled prompt, too
+SDXL = dict(
+    cross_attention_dim=32,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 16,
+)
+
+
 def sdxl_unet() -> diffusers.UNet2DConditionModel:
-    """Told sizes and crops (six numbers) and the pooled prompt, too."""
-    unet = text_unet(
-        cross_attention_dim=32,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
+    return randomised(text_unet(**SDXL), 0.2)
+
+
+def simple_unet(**values) -> diffusers.UNet2DConditionModel:
+    """The kind of Kandinsky and DeepFloyd: it scales and shifts by the time, and foretells the variance, too."""
+    values = (
+        dict(
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            resnet_time_scale_shift="scale_shift",
+            encoder_hid_dim=32,
+        )
+        | values
     )
-    return randomised(unet, 0.2)
+    return randomised(text_unet(**values))
 
 
 def sd3_transformer() -> diffusers.SD3Transformer2DModel:
@@ -346,32 +390,6 @@ def pixart_transformer() -> diffusers.PixArtTransformer2DModel:
         sample_size=8,
         caption_channels=32,
         use_additional_conditions=False,
-    )
-
-
-def ltx_transformer() -> diffusers.LTXVideoTransformer3DModel:
-    return diffusers.LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=32,
-    )
-
-
-def wan_transformer() -> diffusers.WanTransformer3DModel:
-    return diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=16,
-        ffn_dim=16,
-        num_layers=1,
-        rope_max_seq_len=32,
     )
 
 
@@ -462,6 +480,98 @@ def z_transformer() -> diffusers.ZImageTransformer2DModel:
         axes_dims=[4, 6, 6],
         axes_lens=[64, 64, 64],
     )
+
+
+def flux2_transformer() -> diffusers.Flux2Transformer2DModel:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    return randomised(transformer)
+
+
+def lumina_transformer() -> diffusers.Lumina2Transformer2DModel:
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=4,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(32, 32, 32),
+        cap_feat_dim=32,
+    )
+    return randomised(transformer)
+
+
+def cogview_transformer() -> diffusers.CogView4Transformer2DModel:
+    transformer = diffusers.CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        text_embed_dim=32,
+        time_embed_dim=8,
+        condition_dim=4,
+        sample_size=8,
+    )
+    return randomised(transformer)
+
+
+def chroma_transformer() -> diffusers.ChromaTransformer2DModel:
+    transformer = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return randomised(transformer)
+
+
+def cascade_autoencoder() -> PaellaVQModel:
+    """4 times smaller, its pictures from 0 to 1; its last layer is told to make them so."""
+    vae = randomised(PaellaVQModel(embed_dim=8, bottleneck_blocks=1, num_vq_embeddings=8))
+    torch.nn.init.constant_(vae.out_block[0].bias, 0.5)
+    return vae
+
+
+def cascade_unet() -> StableCascadeUNet:
+    unet = StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        timestep_ratio_embedding_dim=8,
+        patch_size=2,
+        conditioning_dim=16,
+        block_out_channels=(8, 16),
+        num_attention_heads=(-1, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        block_types_per_layer=(
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        clip_text_pooled_in_channels=16,
+        effnet_in_channels=4,
+        timestep_conditioning_type=("sca",),
+    )
+    return randomised(unet)
 
 
 def audio_unet() -> diffusers.UNet2DConditionModel:
