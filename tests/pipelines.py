@@ -376,7 +376,7 @@ def cogview4() -> DiffusionPipeline:
     return diffusers.CogView4Pipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=flow_autoencoder(),
+        vae=autoencoder(),
         transformer=cogview_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"

@@ -9,7 +9,22 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from models import tiny_stable_diffusion
-from tiny import MEAN, STD, TEXT, Tiny, list_in, photos, randomised, t5, text_options, word_tokenizer
+from tiny import (
+    MEAN,
+    STD,
+    TEXT,
+    Tiny,
+    list_in,
+    noise,
+    options,
+    photos,
+    randomised,
+    t5,
+    text_options,
+    unmasked,
+    word_tokenizer,
+)
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 VIDEOS: dict[str, Tiny] = {}
 listed = functools.partial(list_in, VIDEOS, output="frames", kind="video")
@@ -78,6 +93,26 @@ def mochi_autoencoder() -> diffusers.AutoencoderKLMochi:
     return randomised(vae)
 
 
+def hunyuan_autoencoder() -> diffusers.AutoencoderKLHunyuanVideo:
+    """8 times smaller in space, 4 times in time."""
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    return randomised(vae)
+
+
+def svd_autoencoder() -> diffusers.AutoencoderKLTemporalDecoder:
+    """Halves each side; it decodes pictures, and looks along time as it does."""
+    return diffusers.AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+    )
+
+
 def ltx_transformer() -> diffusers.LTXVideoTransformer3DModel:
     return diffusers.LTXVideoTransformer3DModel(
         in_channels=4,
@@ -137,6 +172,52 @@ def mochi_transformer() -> diffusers.MochiTransformer3DModel:
         max_sequence_length=TEXT,
     )
     return randomised(transformer)
+
+
+def hunyuan_transformer() -> diffusers.HunyuanVideoTransformer3DModel:
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        pooled_projection_dim=16,
+        rope_axes_dim=(2, 2, 4),
+    )
+    return randomised(transformer)
+
+
+def svd_unet() -> diffusers.UNetSpatioTemporalConditionModel:
+    """On latents and those of the first frame; told a rate, a motion and a noise."""
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(32, 32),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=3 * 8,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=(2, 2),
+        num_frames=3,
+    )
+    return randomised(unet)
+
+
+def clip_vision() -> CLIPVisionModelWithProjection:
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    return CLIPVisionModelWithProjection(config)
 
 
 def motion_adapter() -> diffusers.MotionAdapter:
@@ -246,7 +327,7 @@ def mochi() -> DiffusionPipeline:
     )
 
 
-@listed("animatediff", text_options(num_frames=4))
+@listed("animatediff", text_options(num_frames=3))
 def animatediff() -> DiffusionPipeline:
     """Stable Diffusion with layers that look along time: an autoencoder of pictures decodes each frame."""
     parts = tiny_stable_diffusion().components
@@ -255,4 +336,51 @@ def animatediff() -> DiffusionPipeline:
         **{name: parts[name] for name in kept},
         motion_adapter=motion_adapter(),
         scheduler=diffusers.DDIMScheduler(beta_schedule="linear", steps_offset=1, clip_sample=False),
+    )
+
+
+@listed(
+    "hunyuan-video",
+    text_options(
+        32,
+        prompt=None,
+        prompt_embeds=noise(TEXT, 32),
+        pooled_prompt_embeds=noise(16),
+        prompt_attention_mask=unmasked,
+        num_frames=5,
+    ),
+)
+def hunyuan_video() -> DiffusionPipeline:
+    """Told how strongly to guide."""
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=hunyuan_transformer(),
+        vae=hunyuan_autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
+@listed(
+    "svd",
+    options(image=photos(), height=16, width=16, num_frames=3, num_inference_steps=4, output_type="pt"),
+)
+def svd() -> DiffusionPipeline:
+    """A picture comes alive; later frames are guided more strongly."""
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=svd_autoencoder(),
+        image_encoder=clip_vision(),
+        unet=svd_unet(),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            use_karras_sigmas=True,
+            timestep_spacing="leading",
+            timestep_type="continuous",
+            sigma_min=0.002,
+            sigma_max=700.0,
+        ),
+        feature_extractor=CLIPImageProcessor(),
     )

@@ -546,8 +546,9 @@ def chroma_transformer() -> diffusers.ChromaTransformer2DModel:
 
 
 def cascade_autoencoder() -> PaellaVQModel:
-    """4 times smaller, its pictures from 0 to 1; its last layer is told to make them so."""
-    vae = randomised(PaellaVQModel(embed_dim=8, bottleneck_blocks=1, num_vq_embeddings=8))
+    """4 times smaller, its pictures in [0, 1] as they are; of latents that random networks leave a hundred times as
+    wide as noise."""
+    vae = randomised(PaellaVQModel(embed_dim=8, bottleneck_blocks=1, num_vq_embeddings=8, scale_factor=0.003))
     torch.nn.init.constant_(vae.out_block[0].bias, 0.5)
     return vae
 
