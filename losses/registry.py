@@ -38,8 +38,9 @@ _ENTRIES = (
         "segmentation", "a layout of classes, by any segmentation network", "in Python: Segmentation(network, target)"
     ),
     Entry("measurement", "agreement with a measurement", "in Python: Measurement(operators.Inpaint(mask), y)"),
+    Entry("frames", "any of them on the frames of a video", "in Python: Frames(loss)"),
 )
-_PYTHON_ONLY = ("segmentation", "measurement")
+_PYTHON_ONLY = ("segmentation", "measurement", "frames")
 
 _WEIGHT = re.compile(r"\s*([^*:\s]+)\s*\*\s*(.*)", re.DOTALL)
 _FILE = re.compile(r"(.+\.py):(\w+)")

@@ -18,6 +18,7 @@ from tiny import (
     audio_unet_2,
     aura_transformer,
     autoencoder,
+    bria_transformer,
     cascade_autoencoder,
     cascade_unet,
     chroma_transformer,
@@ -31,6 +32,7 @@ from tiny import (
     flux2_transformer,
     flux_transformer,
     grids,
+    hidream_transformer,
     ip_adapter,
     labels,
     list_in,
@@ -393,6 +395,54 @@ def chroma() -> DiffusionPipeline:
         tokenizer=word_tokenizer(),
         transformer=chroma_transformer(),
     )
+
+
+@listed("bria", text_options(**told()))
+def bria() -> DiffusionPipeline:
+    """It sizes its latents by one halving more than its autoencoder has."""
+    return diffusers.BriaPipeline(
+        transformer=bria_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=flow_autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def by_layer(batch: int, first: int = 0) -> torch.Tensor:
+    """What each of two layers of a language model makes of the prompts."""
+    return noise(2, TEXT, 32)(batch, first).transpose(0, 1)
+
+
+@listed(
+    "hidream",
+    text_options(
+        prompt=None,
+        prompt_embeds_t5=noise(TEXT, 32),
+        prompt_embeds_llama3=by_layer,
+        pooled_prompt_embeds=noise(16),
+        negative_prompt_embeds_t5=lambda batch, first=0: torch.zeros(batch, TEXT, 32),
+        negative_prompt_embeds_llama3=lambda batch, first=0: torch.zeros(2, batch, TEXT, 32),
+        negative_pooled_prompt_embeds=lambda batch, first=0: torch.zeros(batch, 16),
+    ),
+)
+def hidream() -> DiffusionPipeline:
+    """A mixture of experts, told prompts in four ways."""
+    pipe = diffusers.HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=flow_autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        text_encoder_4=None,
+        tokenizer_4=None,
+        transformer=hidream_transformer(),
+    )
+    pipe.default_sample_size = 8  # it enlarges what is asked for to so many latent pixels
+    return pipe
 
 
 @listed("stable-cascade", text_options(None, image_embeddings=noise(4, 4, 4)))

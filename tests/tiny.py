@@ -545,6 +545,39 @@ def chroma_transformer() -> diffusers.ChromaTransformer2DModel:
     return randomised(transformer)
 
 
+def bria_transformer() -> diffusers.BriaTransformer2DModel:
+    transformer = diffusers.BriaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[2, 2, 4],
+    )
+    return randomised(transformer)
+
+
+def hidream_transformer() -> diffusers.HiDreamImageTransformer2DModel:
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[32, 32],
+        text_emb_dim=16,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(4, 4),
+        llama_layers=[0, 1],
+        force_inference_output=True,
+    )
+    return randomised(transformer)
+
+
 def cascade_autoencoder() -> PaellaVQModel:
     """4 times smaller, its pictures in [0, 1] as they are; of latents that random networks leave a hundred times as
     wide as noise."""
