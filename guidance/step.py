@@ -178,12 +178,9 @@ class Run:
         through = guidance.goes_through(step)
         if through and not prediction.requires_grad:
             raise _no_gradient()
-        with torch.set_grad_enabled(through):  # as a function of what was predicted and of the sample, each by itself
-            predicted, sample = (one.detach().to(dtype).requires_grad_(through) for one in (prediction, x))
-            x0 = level.x0(predicted, sample, kind)
-        place, drawn = x0.detach(), None
-        leaves, sample = (predicted, sample), sample.detach()
-        noise = level.noise(prediction.detach().to(dtype), sample, kind)
+        predicted, sample = prediction.detach().to(dtype), x.detach().to(dtype)
+        place, drawn = level.x0(predicted, sample, kind), None
+        noise = level.noise(predicted, sample, kind)
         if guidance.edit == "anchor" and guidance.active:
             if self._anchor is None:
                 self._anchor = torch.zeros_like(place) if step == 0 else place
@@ -218,7 +215,7 @@ class Run:
             goal = -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
         g = goal
         if through:
-            g = self._through(prediction, x0, leaves, (x, source), goal) * level.stretch.to(dtype)
+            g = self._through(prediction, (x, source), level, goal) * level.stretch.to(dtype)
         if g is not None:
             fine = fine & torch.isfinite(g).flatten(1).all(1)
             g = torch.where(per_sample(fine, g, torch.bool), g, 0)
@@ -238,14 +235,13 @@ class Run:
                 self._anchor = reordered(self._anchor, order, batch)
         return seen
 
-    def _through(self, prediction, x0, leaves: tuple, samples: tuple, goal: torch.Tensor) -> torch.Tensor:
+    def _through(self, prediction, samples: tuple, level: Level, goal: torch.Tensor) -> torch.Tensor:
         """The product of `goal` with the Jacobian of x0 in the sample: directly, and through the denoiser."""
-        of_prediction, directly = torch.autograd.grad(x0, leaves, goal, allow_unused=True)
-        samples = [one for one in samples if one is not None and one.requires_grad]
-        found = None if of_prediction is None else pulled_back(prediction, samples, of_prediction)
-        if of_prediction is not None and (found is None or found.shape != goal.shape):
+        of_prediction, directly = (weight.to(goal) * goal for weight in level.weights(self.solver.kind))
+        found = pulled_back(prediction, [x for x in samples if x is not None and x.requires_grad], of_prediction)
+        if found is None or found.shape != goal.shape:
             raise _no_gradient()
-        return sum(one.to(goal.dtype) for one in (found, directly) if one is not None)
+        return found + directly
 
     def _gradient_at(self, x0: torch.Tensor, terms: list, blur: torch.Tensor | None):
         """Gradient at x0 (None where none is needed), loss and terms, smoothed over the copies in `blur`."""

@@ -65,6 +65,11 @@ class Level:
             return c_skip * x + c_out * prediction
         raise _unknown(kind)
 
+    def weights(self, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """How `x0`, which is linear, weighs the prediction and the sample."""
+        one, zero = (torch.tensor(value, dtype=self.alpha.dtype, device=self.alpha.device) for value in (1.0, 0.0))
+        return self.x0(one, zero, kind), self.x0(zero, one, kind)
+
     def noise(self, prediction: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
         """The noise that a prediction of `kind` at sample `x` means: `(x - a x_0) / s`, without that division where the
         kind allows; zero where there is none (`s = 0`)."""

@@ -27,6 +27,18 @@ def test_every_kind_returns_the_x0_and_noise_it_was_made_from(alpha, sigma, kind
     torch.testing.assert_close(level.noise(prediction, x, kind), noise, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_those_of_x0(kind):
+    prediction, x = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    for level in (
+        Level.of(0.8, 0.6),
+        Level.of(1.0, 3.0),
+        Level(torch.rand(1, 1, 4, 4).double() + 0.1, torch.ones(1).double()),
+    ):
+        of_prediction, of_sample = level.weights(kind)
+        torch.testing.assert_close(of_prediction * prediction + of_sample * x, level.x0(prediction, x, kind))
+
+
 def test_levels_may_differ_per_sample_and_per_pixel():
     alpha = torch.rand(2, 1, 4, 4, dtype=torch.float64) * 0.9 + 0.05
     level = Level(alpha, (1 - alpha**2).sqrt())

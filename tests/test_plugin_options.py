@@ -196,7 +196,9 @@ def test_a_denoiser_that_knows_no_gradients_is_guided_at_x0():
     compiled.unet = torch.compile(compiled.unet, backend="eager")
     offloaded = tiny_stable_diffusion()
     offloaded.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    for pipe in (quantised, compiled, offloaded):
+    modelwise = tiny_stable_diffusion()
+    modelwise.enable_model_cpu_offload(device="cpu")
+    for pipe in (quantised, compiled, offloaded, modelwise):
         guided = guide(pipe, recipes.auto(squares, through="x0", strength=20.0))
         guided(**options("sd", 1), generator=generators(1))
         assert guided.record.losses()[-1] < guided.record.losses()[0]

@@ -104,9 +104,12 @@ def noise(*shape: int) -> Callable[[int, int], torch.Tensor]:
 
 
 def photos(size: int = 16, channels: int = 3) -> Callable[[int, int], torch.Tensor]:
-    """Pictures in [0, 1] to start from: coarse noise, drawn large."""
-    coarse = noise(channels, 4, 4)
-    return lambda batch, first=0: torch.nn.functional.interpolate(coarse(batch, first).sigmoid(), size=(size, size))
+    """Pictures in [0, 1] to start from: coarse noise, drawn large, each by itself, for rounding depends on a batch."""
+
+    def one(index: int) -> torch.Tensor:
+        return torch.nn.functional.interpolate(drawn(index, 1, channels, 4, 4).sigmoid(), size=(size, size))
+
+    return lambda batch, first=0: torch.cat([one(i) for i in range(first, first + batch)])
 
 
 def masks(size: int = 16) -> Callable[[int, int], torch.Tensor]:
@@ -331,7 +334,7 @@ def simple_unet(**values) -> diffusers.UNet2DConditionModel:
         )
         | values
     )
-    return randomised(text_unet(**values))
+    return text_unet(**values)
 
 
 def sd3_transformer() -> diffusers.SD3Transformer2DModel:
