@@ -132,11 +132,16 @@ def _visual(latents: torch.Tensor, call: Call) -> torch.Tensor:
 
 def _packed(latents: torch.Tensor, call: Call) -> torch.Tensor:
     """FLUX, Qwen-Image and their kin: tokens `(B, L, 4 C)` of 2 x 2 latent pixels."""
-    height, width = (2 * (int(call[side]) // (2 * call.pipe.vae_scale_factor)) for side in ("height", "width"))
-    z = latents.unflatten(1, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))  # (B, H/2, W/2, C, 2, 2)
-    z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    pipe, size = call.pipe, (call["height"], call["width"])
+    if hasattr(pipe, "_unpack_latents"):
+        z = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
+    else:  # modular pipelines keep that to themselves
+        rows, columns = (int(side) // (2 * pipe.vae_scale_factor) for side in size)
+        z = latents.unflatten(1, (rows, columns)).unflatten(-1, (-1, 2, 2))  # (B, H/2, W/2, C, 2, 2)
+        z = z.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     if _latent_axes(call.vae) == 5:
-        return as_picture(decoded(denormalised(z[:, :, None], call.vae), call.vae)[:, :, 0])
+        z = z if z.dim() == 5 else z[:, :, None]
+        return as_picture(decoded(denormalised(z, call.vae), call.vae)[:, :, 0])
     return as_picture(decoded(denormalised(z, call.vae), call.vae))
 
 
@@ -155,6 +160,23 @@ def _from_first_frame(latents: torch.Tensor, call: Call) -> torch.Tensor:
     _, condition, mask = call["prepared"]
     mask, condition = mask.to(latents), condition.to(latents)
     return _visual((1 - mask) * condition + mask * latents, call)
+
+
+def _after_first_frame(latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """LTX's image to video: the solver sees the frames after the given one, unpacked."""
+    pipe, (count, height, width) = call.pipe, (latents.shape[2] + 1, *latents.shape[3:])
+    patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
+    first = pipe._unpack_latents(call["prepared"][0], count, height, width, *patches)[:, :, :1]
+    z = denormalised(torch.cat([first.to(latents), latents], 2), call.vae)
+    time = torch.zeros(len(z)).to(z) if getattr(call.vae.config, "timestep_conditioning", False) else None
+    return as_video(decoded(z, call.vae, time))
+
+
+def _frame_by_frame(latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """Stable Video Diffusion: latents `(B, F, C, h, w)`."""
+    z, vae = denormalised(latents.flatten(0, 1), call.vae), call.vae
+    frames = vae.decode(z.to(vae.dtype), num_frames=latents.shape[1]).sample.float()
+    return as_picture(frames).unflatten(0, latents.shape[:2])
 
 
 def _unquantised(latents: torch.Tensor, call: Call) -> torch.Tensor:
@@ -250,8 +272,10 @@ _ADAPTERS = [
     Adapter(_named("VisualClozePipeline"), _target_panel, part="generation_pipe"),
     Adapter(lambda pipe: "Combined" in type(pipe).__name__ and hasattr(pipe, "decoder_pipe"), {}, part="decoder_pipe"),
     Adapter(_named("DiTPipeline"), _visual, doubled=True),
-    Adapter(_named("CogVideoX"), _frames_first),
-    Adapter(_from_picture, _from_first_frame),
+    Adapter(_named("CogVideoX"), {"video": _frames_first}),
+    Adapter(_from_picture, {"video": _from_first_frame}),
+    Adapter(_named("LTXImageToVideo"), {"video": _after_first_frame}),
+    Adapter(_named("StableVideoDiffusion"), {"video": _frame_by_frame}),
     Adapter(lambda pipe: _has(getattr(pipe, "_unpack_latents", None), "sizes"), _target_panel),
     Adapter(lambda pipe: hasattr(pipe, "transformer_temporal_patch_size"), {"video": _packed_video}),
     Adapter(lambda pipe: hasattr(pipe, "vocoder"), _SOUND),

@@ -194,6 +194,10 @@ def scheduler_levels(scheduler) -> list[Level]:
             [scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double().cpu(), last.double().cpu().view(1)]
         )
         return [Level.of(alpha, sigma) for alpha, sigma in zip(cumulative.sqrt(), (1 - cumulative).clamp_min(0).sqrt())]
+    if hasattr(scheduler, "_alpha_cumprod"):  # Stable Cascade's, whose time is continuous
+        times = scheduler.timesteps.double().cpu()
+        cumulative = [*scheduler._alpha_cumprod(times, torch.device("cpu")).tolist(), 1.0]
+        return [Level.of(share**0.5, (1 - share) ** 0.5) for share in cumulative]
     raise ValueError(
         f"the noise level of {name} cannot be read: it has neither `sigmas` nor `alphas_cumprod`; "
         "use a scheduler of the DDIM, DDPM, Euler, DPM-Solver, EDM or FlowMatch families"

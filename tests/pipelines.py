@@ -496,7 +496,7 @@ def deepfloyd_if() -> DiffusionPipeline:
             cross_attention_norm="group_norm",
         ),
         scheduler=diffusers.DDPMScheduler(
-            beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, sample_max_value=1.5
+            beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=False
         ),
         safety_checker=None,
         feature_extractor=None,

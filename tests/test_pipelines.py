@@ -14,8 +14,16 @@ from lossguide.samplers import TimeTravel
 from pipelines import PIPELINES
 
 STEPS = {"sdxl-turbo": 4, "ldm": 40, "stable-audio": 20}  # 10 elsewhere; ldm's decoder quantises
-STRENGTHS = {"ddim": 0.6, "qwen-image": 0.3, "wan": 0.3, "sdxl-turbo": 3.0}  # 1 elsewhere; random networks are steep
-POOLED = {"wan": 4, "stable-audio": 4}
+STRENGTHS = {
+    "ddim": 0.6,
+    "sdxl-turbo": 3.0,
+    "stable-cascade": 5.0,
+    "qwen-image": 0.1,
+}  # 1 elsewhere; random networks are steep
+STRENGTHS |= dict.fromkeys(("lumina2", "cogvideox", "wan", "wan-i2v", "wan-i2v-concat", "wan-v2v"), 0.3)
+POOLED = {"wan": 4, "wan-i2v": 4, "wan-v2v": 4, "wan-i2v-concat": 8, "stable-audio": 4}
+BLENDED = ("sd-inpaint", "sdxl-inpaint")  # what is known is put in after the last step
+X0_ONLY = ("ltx-i2v",)  # its solver sees other tokens than its model
 
 
 class Near(Loss):
@@ -95,27 +103,29 @@ def test_strength_zero_is_bitwise_the_plain_call(name):
     assert torch.equal(result(name, guided(**options(name, 2), generator=generators(1, 2))), plain)
 
 
-def test_losses_see_what_the_pipeline_will_give(name):
+def test_losses_see_what_the_pipeline_will_give(name, monkeypatch):
+    if name == "kandinsky22":  # its scheduler clips what it lands on
+        bare = type(made(name).scheduler).from_config(made(name).scheduler.config, clip_sample=False)
+        monkeypatch.setattr(made(name), "scheduler", bare)
     plain = result(name, made(name)(**options(name, 2), generator=generators(1, 2)))
     seen = seen_last(name, 1, 2)
-    if name.startswith("audioldm"):  # the spectrogram; the other view is the sound
-        hear = guide(
-            made(name), recipes.dps(lambda wave: wave.square().flatten(1).sum(1), strength=0), decode="waveform"
-        )
-        hear(**options(name, 2), generator=generators(1, 2))
-        energy = hear.record.losses()[-1]
-        torch.testing.assert_close(energy, plain.square().flatten(1).sum(1), rtol=0.02, atol=1e-4)
-        return
     if name == "visualcloze-upsampled":
         pytest.skip("the picture is upsampled afterwards")
-    seen = seen[..., : plain.shape[-1]] if seen.dim() == 3 else seen.clamp(0, 1)
-    torch.testing.assert_close(seen, plain, rtol=0, atol=1e-5 if not name.startswith("sd-") and name != "sd" else 5e-3)
+    if PIPELINES[name].kind == "audio":
+        seen = seen[..., : plain.shape[-1]].view_as(plain)
+    # Stable Diffusion's solver stops short of the level without noise
+    close = 5e-3 if name in BLENDED or (name.startswith("sd") and "sdxl" not in name) else 1e-4
+    torch.testing.assert_close(seen if PIPELINES[name].kind == "audio" else seen.clamp(0, 1), plain, rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("through", ["denoiser", "x0"])
 def test_the_loss_falls_and_the_record_shows_it(name, through):
     loss = Near(seen_last(name, 3, 4), POOLED.get(name, 1))
     guided = guide(made(name), recipes.auto(loss, through=through, strength=STRENGTHS.get(name, 1.0)))
+    if name in X0_ONLY and through == "denoiser":
+        with pytest.raises(ValueError, match='no gradient.*through="x0"'):
+            guided(**options(name, 2), generator=generators(1, 2))
+        return
     output = guided(**options(name, 2), generator=generators(1, 2))
     before, losses = loss(seen_last(name, 1, 2)), output.record.losses()
     assert losses.shape == (len(output.record.rows), 2)
@@ -135,7 +145,8 @@ def test_the_pipeline_is_left_as_found_also_after_an_exception(name):
         return image.square().flatten(1).mean(1)
 
     checkpointing = name != "audioldm2"  # diffusers' own hands its attention the wrong arguments there
-    guided = guide(pipe, recipes.auto(fails), checkpointing=checkpointing)
+    guidance = recipes.auto(fails, through="x0" if name in X0_ONLY else "denoiser")
+    guided = guide(pipe, guidance, checkpointing=checkpointing)
     with pytest.raises(KeyboardInterrupt):
         guided(**options(name, 1), generator=generators(1))
     assert len(calls) == 3 and state(pipe) == before
@@ -143,11 +154,13 @@ def test_the_pipeline_is_left_as_found_also_after_an_exception(name):
 
 def test_a_batch_of_two_is_two_singles(name):
     pipe = made(name)
-    if name == "wan":  # its decoder of random weights makes much of round-off
+    if name.startswith("wan"):  # its decoder of random weights makes much of round-off
         pipe = PIPELINES[name].build()
-        for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
-            module.double()
-    guided = guide(pipe, recipes.auto(lambda image: image.square().flatten(1).mean(1)))
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.double()
+    through = "x0" if name in X0_ONLY else "denoiser"
+    guided = guide(pipe, recipes.auto(lambda image: image.square().flatten(1).mean(1), through=through))
     together = result(name, guided(**options(name, 2), generator=generators(1, 2)))
     for i in range(2):
         alone = result(name, guided(**options(name, 1, i), generator=generators(1 + i)))
@@ -157,16 +170,19 @@ def test_a_batch_of_two_is_two_singles(name):
 def test_time_travel_visits_again_and_calls_no_model_twice(name):
     if name == "visualcloze-upsampled":
         pytest.skip("the model upsamples afterwards, too")
+    if name == "stable-cascade":
+        pytest.skip("its last timestep is never visited, and cannot be visited again")
     pipe = made(name)
     calls, loss = [], lambda image: image.square().flatten(1).mean(1)
-    model = getattr(pipe, "transformer", None) or pipe.unet
+    model = next(one for one in (getattr(pipe, part, None) for part in ("transformer", "unet", "decoder")) if one)
+    recipe = recipes.mpgd if name in X0_ONLY else recipes.dps
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     try:
-        plain = guide(made(name), recipes.dps(loss))
+        plain = guide(made(name), recipe(loss))
         plain(**options(name, 1), generator=generators(1))
         once, steps = len(calls), len(plain.record.rows)
         calls.clear()
-        guided = guide(made(name), recipes.dps(loss, time_travel=TimeTravel(3, 0.0, 1.0)))
+        guided = guide(made(name), recipe(loss, time_travel=TimeTravel(3, 0.0, 1.0)))
         guided(**options(name, 1), generator=generators(1))
         travelled = len(calls)
         calls.clear()
