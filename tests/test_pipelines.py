@@ -154,7 +154,7 @@ def test_the_pipeline_is_left_as_found_also_after_an_exception(name):
 
 def test_a_batch_of_two_is_two_singles(name):
     pipe = made(name)
-    if name.startswith("wan"):  # its decoder of random weights makes much of round-off
+    if name.startswith(("wan", "kandinsky")):  # decoders of random weights that make much of round-off
         pipe = PIPELINES[name].build()
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
