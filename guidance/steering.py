@@ -220,11 +220,13 @@ class Steering:
         self._single, self._handed = None, x if more else None
         self.started = time.perf_counter()
         if kwargs["return_dict"]:
-            landed, output.prev_sample = output[0], x
+            output.prev_sample = x
             return output
-        landed = output[0]
-        # some schedulers (LCM) say twice where they land, and their pipelines read the second
-        rest = (x if _same(one, landed) else one for one in output[1:])
+        landed, rest = output[0], output[1:]
+        if self.position == len(
+            self.visits
+        ):  # some schedulers (LCM) say twice where they end; pipelines read the second
+            rest = (x if _same(one, landed) else one for one in rest)
         return (x, *rest)
 
     # Its own affairs
