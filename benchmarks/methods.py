@@ -1,8 +1,8 @@
 """Every recipe on ten pairs of a model and a task: at its default strength, and at the best of a grid.
 
 Strengths are searched on some pictures; default and best are measured on others, and once more, for error bars, on
-fresh ones. The denoiser runs in float32 for the figures that are compared with others' code, in bfloat16 elsewhere,
-which is twice as fast. One row per run goes to `results/methods.jsonl` as soon as it is measured, and no run is
+fresh ones. The denoiser runs in float32 for the figures of recipes that are compared with others' code, in bfloat16
+elsewhere, which is twice as fast. One row per run goes to `results/methods.jsonl` as soon as it is measured, and no run is
 repeated. Several processes started with the same command share the work.
 """
 
@@ -37,6 +37,8 @@ WORKS = [*work_restore.WORKS, *work_look.WORKS, *work_demo.WORKS]
 STEPS = 50
 LEADERS = 3
 BARE = ("trivial", "unguided")
+COMPARED = (*BARE, "auto", "tfg", "mpgd", "freedom", "adam_dps", "pigdm", "dps", "diffpir")
+"""Measured in float32, as others' code was, with which most of them are compared."""
 QUICK = ("auto", "dps", "diffpir", "best_of_n")
 QUICK_SIZE = dict(steps=2, most=2, entries=2)
 
@@ -70,7 +72,7 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """The denoiser's precision."""
-        return torch.float32 if self.which == "evaluation" else torch.bfloat16
+        return torch.float32 if self.which == "evaluation" and self.recipe in COMPARED else torch.bfloat16
 
     @functools.cached_property
     def seeds(self) -> list[int]:
