@@ -2,8 +2,8 @@
 
 Strengths are searched on some pictures; default and best are measured on others, and once more, for error bars, on
 fresh ones. The denoiser runs in float32 for the figures of recipes that are compared with others' code, in bfloat16
-elsewhere, which is twice as fast. One row per run goes to `results/methods.jsonl` as soon as it is measured, and no run is
-repeated. Several processes started with the same command share the work.
+elsewhere, which is twice as fast. One row per run goes to `results/methods.jsonl` as soon as it is measured, and no run
+is repeated. Several processes started with the same command share the work.
 """
 
 from __future__ import annotations
