@@ -10,6 +10,7 @@ TASKS = {
     "demo-text": "text guidance of the demo model: every recipe, judged by a network that never guides",
     "methods": "every recipe on ten pairs of a model and a task, at its default strength and at its best",
     "overhead": "what a guided call costs beyond its necessary passes",
+    "losses": "every loss on a real model: how far it falls, whether a judge agrees, with and without augmentation",
     "memory": "peak memory of guided calls against the plain call and naive backpropagation",
     "posteriors": "closed forms: every method that claims a posterior against it, particles against their number",
     "solvers": "auto at its default over solvers, numbers of steps and a flow-matching model",

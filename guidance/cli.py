@@ -1,4 +1,4 @@
-"""The command line: `lossguide generate`, `restore`, `tune`, `recipes`, `losses`."""
+"""The command line: `lossguide generate`, `restore`, `tune`, `check`, `recipes`, `losses`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..losses.loss import Composable, as_losses
 from . import cli_output as output
 from . import cli_restore as restoring
 from . import recipes as methods
+from .cli_check import check_command
 from .cli_job import BAD, Job, Problem, told
 from .cli_model import SCHEDULERS, check_model, known_scheduler
 from .cli_output import PARENT
@@ -56,6 +57,7 @@ def main(context: click.Context) -> None:
       lossguide generate "ankle boot"
       lossguide restore photo.png --task super-resolution --degrade --resize
       lossguide tune "ankle boot" --trials 10
+      lossguide check my_losses.py:darkness
       lossguide recipes
       lossguide losses
     """
@@ -295,6 +297,7 @@ def _in_demo_world(prompt: str) -> None:
 
 
 main.add_command(tune_command)
+main.add_command(check_command)
 
 
 if __name__ == "__main__":

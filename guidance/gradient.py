@@ -72,6 +72,29 @@ def loss_gradient(
     return total, loss, values
 
 
+def balanced_gradient(
+    image: torch.Tensor,
+    terms: list[Term],
+    augment: Augment | None,
+    draws: torch.Tensor | None,
+    factors: list[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+    """As `loss_gradient`, each term times a factor per sample: their unweighted gradients get the mean length of all.
+
+    Returns also the factors `(B,)` of each term; where some are given, these are used. A term whose gradient is zero or
+    not finite is left as it is and does not count for the mean.
+    """
+    parts = [loss_gradient(image, [term], augment, draws) for term in terms]
+    if factors is None:
+        lengths = torch.stack([g.flatten(1).norm(dim=1) / term.weight for (g, _, _), term in zip(parts, terms)])
+        sound = torch.isfinite(lengths) & (lengths > 0)
+        mean = torch.where(sound, lengths, 0).sum(0) / sound.sum(0).clamp_min(1)
+        factors = list(torch.where(sound, mean / torch.where(sound, lengths, 1), 1))
+    g = sum(factor.view(-1, *[1] * (g.dim() - 1)) * g for factor, (g, _, _) in zip(factors, parts))
+    loss = sum(factor * one for factor, (_, one, _) in zip(factors, parts))
+    return g, loss, {name: value for _, _, values in parts for name, value in values.items()}, factors
+
+
 def pulled_back(
     output: torch.Tensor, sources: torch.Tensor | Sequence[torch.Tensor], g: torch.Tensor
 ) -> torch.Tensor | None:

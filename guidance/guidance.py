@@ -72,6 +72,8 @@ class Guidance:
         toward: go toward the x0 that this finds, instead of against the gradient: the proximal point of a linear
             measurement, or what inner steps reach. The rule then sees that displacement, reversed, as its gradient.
         inner: further steps on x0 within a visit.
+        balance: scale each term's gradient, per sample, to the mean length of all terms', before their weights: terms
+            of weight one pull alike.
         project: x0 -> x0, applied after x0 has moved (an autoencoder's round trip in MPGD).
         smoothing: of the loss by noise around x0.
         augment: random augmentation, for the terms that it suits.
@@ -109,6 +111,7 @@ class Guidance:
     clock: str = "steps"
     every: int = 1
     strength: float = 1.0
+    balance: bool = False
     raise_on_nonfinite: bool = False
     name: str = "guidance"
     citation: str = ""
@@ -139,7 +142,11 @@ class Guidance:
             )
         if isinstance(self.toward, Proximal):
             terms = () if self.loss is None else self.loss.terms()
-            if self.loss is not None and (len(terms) != 1 or not hasattr(terms[0].loss, "residual")):
+            linear = all(
+                hasattr(term.loss, "residual") and getattr(getattr(term.loss, "operator", None), "linear", True)
+                for term in terms
+            )
+            if self.loss is not None and (len(terms) != 1 or not linear):
                 names = ", ".join(term.name for term in terms)
                 raise ValueError(f"{self.name} works with one Measurement of a linear operator, got {names}")
         if self.remix not in REMIXES if isinstance(self.remix, str) else not 0 <= self.remix <= 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import numbers
@@ -23,7 +24,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ..losses import ClassLabel, ClipImage, ClipText, Color, Frames, Measurement, Segmentation, Style, operators
+from .. import losses as _losses
+from ..losses import operators
 from ..losses.images import Pixels
 from ..losses.loss import Losses, Term, as_losses
 from ..losses.network import describe_network
@@ -43,13 +45,17 @@ def _kinds(module: types.ModuleType, base: type) -> list[type]:
     return [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, base) and k is not base]
 
 
+def _type(kind: type) -> str:
+    return "operators.Chain" if kind is operators.Chain else kind.__name__  # there are step rules in a row, too
+
+
 _TYPES: dict[str, type] = {
-    kind.__name__: kind
+    _type(kind): kind
     for kind in (
         *(Guidance, Inner, Augment, Smoothing, Particles, Proximal, TimeTravel, Losses, Term, Pixels),
-        *(ClassLabel, ClipImage, ClipText, Color, Frames, Measurement, Segmentation, Style),
+        *_kinds(_losses, _losses.Loss),
         *_kinds(steps, steps.StepRule),
-        *_kinds(operators, operators.LinearOperator),
+        *(kind for kind in _kinds(operators, operators.Operator) if kind is not operators.LinearOperator),
     )
 }
 
@@ -94,17 +100,19 @@ def _plain(value: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
         return os.fspath(value)
     if isinstance(value, (list, tuple)):
         return [_plain(one, tensors, (*place, i)) for i, one in enumerate(value)]
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"mapping": {key: _plain(one, tensors, (*place, key)) for key, one in value.items()}}
     if isinstance(value, torch.Tensor):
         key = _told(place)
         tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": key}
     kind = type(value)
-    if _TYPES.get(kind.__name__) is not kind:
+    if _TYPES.get(_type(kind)) is not kind:
         raise _Own(place, value)
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else None
     arguments = value.arguments if fields is None else {field.name: getattr(value, field.name) for field in fields}
     _check(kind, arguments, place)
-    return {"type": kind.__name__} | {name: _plain(one, tensors, (*place, name)) for name, one in arguments.items()}
+    return {"type": _type(kind)} | {name: _plain(one, tensors, (*place, name)) for name, one in arguments.items()}
 
 
 def _refusal(guidance: Guidance, own: _Own) -> str:
@@ -189,6 +197,8 @@ def _made(data: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
     here = f"{SETTINGS}, {_told(place)}"
     if set(data) == {"number"} and data["number"] in ("inf", "-inf", "nan"):
         return float(data["number"])
+    if set(data) == {"mapping"} and isinstance(data["mapping"], dict):
+        return {key: _made(one, tensors, (*place, key)) for key, one in data["mapping"].items()}
     if set(data) == {"tensor"}:
         if data["tensor"] not in list(tensors):
             raise ValueError(f"{here}: there is no tensor {data['tensor']!r} in {TENSORS}")
@@ -206,8 +216,9 @@ def _made(data: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
         raise ValueError(f"{here}: a {kind.__name__} needs {', '.join(missing)}")
     arguments = {name: _made(one, tensors, (*place, name)) for name, one in data.items() if name != "type"}
     _check(kind, arguments, place)
+    rows = [arguments.pop(name) for name, one in known.items() if one.kind is one.VAR_POSITIONAL]
     try:
-        return kind(**arguments)
+        return kind(*itertools.chain(*rows), **arguments)
     except OSError:  # weights that are missing or cannot be downloaded say so themselves
         raise
     except Exception as error:
@@ -217,9 +228,11 @@ def _made(data: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
 def _check(kind: type, arguments: dict[str, Any], place: tuple) -> None:
     """Arguments are what the constructor's annotations say."""
     hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    known = inspect.signature(kind).parameters
     for name, value in arguments.items():
-        if not _suits(value, hints[name]):
-            wanted = inspect.signature(kind).parameters[name].annotation
+        row = known[name].kind is inspect.Parameter.VAR_POSITIONAL
+        if not _suits(value, tuple[hints[name], ...] if row else hints[name]):
+            wanted = known[name].annotation
             raise ValueError(f"{_told((*place, name))} of {kind.__name__} is {wanted}, got {str(value)[:80]!r}")
 
 

@@ -14,7 +14,7 @@ from ..samplers.random import generators, randn
 from ..samplers.record import Record
 from ..samplers.solver import Solver, reordered
 from ..samplers.time_travel import Visit, visits
-from .gradient import loss_gradient, pulled_back
+from .gradient import balanced_gradient, loss_gradient, pulled_back
 from .guidance import Guidance, Inner
 from .particles import Population
 from .preview import Preview
@@ -56,6 +56,7 @@ class Run:
         self._inner_state: Any = None
         self._toward_state: Any = None
         self._anchor: torch.Tensor | None = None
+        self._factors: list[torch.Tensor] | None = None  # of the terms at this visit, where they are balanced
         self._population: Population | None = None
         self._draws: bool | None = None  # the solver itself
         self._random: bool | None = None if solver.keeps_shifts else False  # with what remixing adds
@@ -69,7 +70,7 @@ class Run:
         progress = self._progress[step]
         if not self.guidance.acts_at(step, progress):
             return []
-        return [term for term in self.guidance.loss.terms() if term.acts_at(progress)]
+        return [term.at(progress) for term in self.guidance.loss.terms() if term.acts_at(progress)]
 
     def step(
         self,
@@ -189,6 +190,7 @@ class Run:
         blur = None
         if guidance.smoothing is not None and guidance.active:
             blur = guidance.smoothing.draw(tuple(x.shape[1:]), self._sources, level, place)
+        self._factors = None
         g0, loss, values = self._gradient_at(place, terms, blur)
         row.update(loss=loss, terms=values)
         if not guidance.active:
@@ -199,7 +201,7 @@ class Run:
             noise=noise,
             level=self._levels[step],
             next_level=self._levels[step + 1],
-            floor=_floor(terms, loss),
+            floor=_floor(terms, loss, self._factors),
             levels=self._levels,
             step=step,
             strength=guidance.strength,
@@ -264,7 +266,11 @@ class Run:
         augment = guidance.augment
         if gradient and augment is not None and augment.suits(seen) and any(term.augment for term in terms):
             draws = augment.draw(self._sources)
-        g, loss, values = loss_gradient(seen, terms, None if draws is None else augment, draws, gradient=gradient)
+        augment = None if draws is None else augment
+        if guidance.balance and gradient and len(terms) > 1:
+            g, loss, values, self._factors = balanced_gradient(seen, terms, augment, draws, self._factors)
+        else:
+            g, loss, values = loss_gradient(seen, terms, augment, draws, gradient=gradient)
         if g is not None:
             g = pulled_back(image, leaf, g)
             if g is None:
@@ -505,10 +511,11 @@ def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.T
     return shift / scale if bool((scale > 1e-6 * level.sigma).all()) else None
 
 
-def _floor(terms: list, loss: torch.Tensor) -> torch.Tensor | None:
+def _floor(terms: list, loss: torch.Tensor, factors: list[torch.Tensor] | None) -> torch.Tensor | None:
     """The weighted sum's known floor `(B,)`, or None when some term has none; particles repeat their pictures'."""
     floors = [getattr(term.loss, "floor", None) for term in terms]
     if any(floor is None for floor in floors):
         return None
     floors = [torch.as_tensor(floor).to(loss).reshape(-1) for floor in floors]
-    return sum(term.weight * floor.repeat(len(loss) // len(floor)) for term, floor in zip(terms, floors))
+    floors = [term.weight * floor.repeat(len(loss) // len(floor)) for term, floor in zip(terms, floors)]
+    return sum(floors if factors is None else (factor * floor for factor, floor in zip(factors, floors)))

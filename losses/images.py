@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,8 +30,11 @@ class Pixels:
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | torch.Tensor | Pixels
 
 
-def keep(picture: Picture) -> torch.Tensor | Pixels:
-    """A picture in memory, whatever becomes of its file or tensor; `read_image` reads it. Errors as there."""
+def keep(picture: Picture | Sequence[Picture]) -> Any:
+    """A picture in memory, or a list of them, whatever becomes of file or tensor; `read_image` reads it. Errors as
+    there."""
+    if isinstance(picture, (list, tuple)):
+        return [keep(one) for one in picture]
     if isinstance(picture, torch.Tensor):
         return picture.detach().clone(memory_format=torch.contiguous_format)
     if isinstance(picture, Pixels):
@@ -78,6 +82,14 @@ def read_image(picture: Picture) -> torch.Tensor:
         raise ValueError(f"the picture '{path}' cannot be read: {error}") from error
 
 
+def read_images(pictures: Picture | Sequence[Picture]) -> list[torch.Tensor]:
+    """One picture, a list of them, or a tensor `(B, 3, H, W)`, each as `read_image` gives it. Errors as there."""
+    if isinstance(pictures, (list, tuple)) and not pictures:
+        raise ValueError("a list of pictures must not be empty")
+    several = isinstance(pictures, (list, tuple)) or (isinstance(pictures, torch.Tensor) and pictures.ndim == 4)
+    return [read_image(one) for one in (pictures if several else [pictures])]
+
+
 def _to_tensor(image: Image.Image) -> torch.Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, or floats
@@ -92,6 +104,8 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 def digest(value: Any) -> Any:
     """A path as text; a tensor or a picture as its shape and the first digits of its SHA-1. Plain data for JSON."""
+    if isinstance(value, (list, tuple)):
+        return [digest(one) for one in value]
     if isinstance(value, Pixels) and value.path is not None:
         return value.path
     if isinstance(value, (Image.Image, Pixels)):

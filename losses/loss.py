@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -50,6 +51,16 @@ class Composable:
             raise ValueError(f"a window needs 0 <= start < stop <= 1, got {start}, {stop}")
         return Losses(tuple(dataclasses.replace(term, window=(start, stop)) for term in self._parts()))
 
+    def scheduled(self, *points: tuple[float, float]) -> Losses:
+        """Weigh by a factor that goes along straight lines through `(progress, factor)`, level before and after them.
+
+        `Style("candy.jpg").scheduled((0.3, 0), (0.6, 1))` sets in slowly.
+
+        Raises:
+            ValueError: the points are not in order of their progress, or a factor is negative.
+        """
+        return Losses(tuple(dataclasses.replace(term, schedule=tuple(points)) for term in self._parts()))
+
 
 class Loss(Composable):
     """Base class of the library's losses: define `__call__` and, where it differs, the attributes below.
@@ -59,6 +70,7 @@ class Loss(Composable):
         augment: whether random augmentation suits the loss: yes where a network judges, no where pixels must match.
         floor: the loss of a perfect picture where it is known (a measurement's noise level), else None.
         batch: for how many pictures it is, where each has a target of its own; None where it suits any number.
+        whole_batch: whether a picture's value depends on the others of its batch.
         pictures: whether it looks at colour pictures only, not at videos and sound.
         settings: plain data (strings, numbers, lists) that describe the loss in records and JSON files.
         arguments: what the constructor takes to make the loss again, by which the library's own losses are saved.
@@ -68,6 +80,7 @@ class Loss(Composable):
     augment: bool = True
     floor: float | torch.Tensor | None = None
     batch: int | None = None
+    whole_batch: bool = False
     pictures: bool = False
     settings: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
@@ -92,6 +105,7 @@ class Term(Composable):
         weight: factor of the loss in the sum, not negative.
         window: sampling progress [start, stop) in which the term acts; 0 is pure noise, 1 the finished picture.
         augment: whether random augmentation suits it.
+        schedule: points `(progress, factor)` between which the weight's factor goes along straight lines.
     """
 
     loss: Callable[[torch.Tensor], torch.Tensor]
@@ -99,6 +113,7 @@ class Term(Composable):
     weight: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     augment: bool = True
+    schedule: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.loss) or isinstance(self.loss, type):
@@ -112,15 +127,29 @@ class Term(Composable):
             raise TypeError(f"a loss is a callable (image) -> (B,), got {self.loss!r}{hint}")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"a weight is finite and not negative, got {self.weight} for {self.loss!r}")
+        places = [place for place, _ in self.schedule]
+        if places != sorted(places) or any(not 0 <= factor < float("inf") for _, factor in self.schedule):
+            raise ValueError(
+                f"a schedule is points (progress, factor) in order, factors not negative, got {self.schedule}"
+            )
         if not self.name:
             object.__setattr__(self, "name", getattr(self.loss, "__name__", type(self.loss).__name__))
 
     def terms(self) -> tuple[Term, ...]:
         return (self,)
 
+    def at(self, progress: float) -> Term:
+        """The term with the weight that its schedule gives it at this sampling progress in [0, 1]."""
+        if not self.schedule:
+            return self
+        factor = float(np.interp(progress, *zip(*self.schedule)))
+        return dataclasses.replace(self, weight=self.weight * factor, schedule=())
+
     def acts_at(self, progress: float) -> bool:
         """Whether the term acts at this sampling progress in [0, 1]."""
-        return self.weight > 0 and self.window[0] <= progress < (self.window[1] if self.window[1] < 1 else 1.1)
+        return self.at(progress).weight > 0 and self.window[0] <= progress < (
+            self.window[1] if self.window[1] < 1 else 1.1
+        )
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """The unweighted loss `(B,)` of images `(B, 3, H, W)`; the shape of what comes back is checked.
@@ -153,6 +182,7 @@ class Term(Composable):
             "weight": self.weight,
             "window": list(self.window),
             "augment": self.augment,
+            "schedule": [list(point) for point in self.schedule],
         }
 
 

@@ -10,7 +10,7 @@ import torch
 from .images import digest
 from .loss import Loss
 from .network import describe_network, distance, per_image
-from .operators import LinearOperator
+from .operators import Operator
 
 
 class Measurement(Loss):
@@ -48,7 +48,7 @@ class Measurement(Loss):
         counts = observed.reshape(len(observed), -1).sum(1)
         floor = sigma * counts.sqrt()
         self.floor = floor[0].item() if (counts == counts[0]).all() else floor
-        described = operator.describe() if isinstance(operator, LinearOperator) else describe_network(operator)
+        described = operator.describe() if isinstance(operator, Operator) else describe_network(operator)
         self.settings: dict[str, Any] = {"operator": described, "y": digest(self.y), "sigma": float(sigma)}
         self.arguments = self.settings | {"operator": operator, "y": self.y}
 
@@ -57,7 +57,8 @@ class Measurement(Loss):
 
     def residual(self, image: torch.Tensor) -> torch.Tensor:
         """`y - A(image)`, of the shape of y; zero where nothing is observed."""
-        measured, y = self.operator(image), self.y.to(image)
+        measured = self.operator(image)
+        y = self.y.to(measured)  # a spectrum is wider than half-precision images
         if measured.shape[1:] != y.shape[1:] or len(measured) != len(image):
             raise ValueError(
                 f"the operator makes {tuple(measured.shape)} of images {tuple(image.shape)}, but y is {tuple(y.shape)}"
@@ -66,7 +67,7 @@ class Measurement(Loss):
 
 
 def _observed(operator: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor) -> torch.Tensor:
-    return operator.observed(y) if isinstance(operator, LinearOperator) else y.new_ones(())
+    return operator.observed(y) if isinstance(operator, Operator) else y.new_ones(())
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,30 @@ def logits_of(output: Any) -> torch.Tensor:
         f"expected the network to return a tensor, a dict with 'out' or 'logits', or an object with .logits, "
         f"got {type(output).__name__}"
     )
+
+
+def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file, safetensors or PyTorch's own (weights only: no code is run); `what` it is to hold.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file of {what} '{path}'")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError("it is not a dict of tensors")
+        return state
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"'{path}' does not hold the state dict of {what} ({reason})") from error
 
 
 def per_image(targets: torch.Tensor, images: int, what: str) -> torch.Tensor:

@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .aesthetic import Aesthetic
 from .classifier import ClassLabel
 from .clip import DEFAULT_PRETRAINED, ClipImage, ClipText
 from .color import Color
 from .loss import Composable, Losses, as_losses
+from .perceptual import Perceptual
+from .regular import Symmetry, TotalVariation
+from .sketch import Sketch
 from .style import Style
 
 
@@ -33,14 +37,38 @@ _ENTRIES = (
     Entry(
         "color", "a mean colour, a palette, or a picture's colours", "color:red, color:#ff0000,#00ff00, color:photo.png"
     ),
+    Entry("perceptual", "a picture as people see it, by LPIPS (AlexNet)", "perceptual:photo.png"),
+    Entry("aesthetic", "LAION's aesthetic score, by a head's file on CLIP ViT-L/14", "aesthetic:head.pth"),
+    Entry("sketch", "a drawing's lines, by the picture's edges", "sketch:drawing.png"),
+    Entry("symmetry", "left like right, or top like bottom", "symmetry, symmetry:vertical"),
+    Entry("total-variation", "smoothness from pixel to pixel", "total-variation, total-variation:anisotropic"),
     Entry("file.py:function", "your own: (images (B, 3, H, W) in [0, 1]) -> (B,)", "my_losses.py:darkness"),
     Entry(
         "segmentation", "a layout of classes, by any segmentation network", "in Python: Segmentation(network, target)"
     ),
+    Entry(
+        "clip-direction",
+        "a picture's change along that from one text to another, by CLIP",
+        "in Python: ClipDirection('a photo', 'a watercolour', picture)",
+    ),
+    Entry("saliency", "where the foreground is, by any saliency network", "in Python: Saliency(network, 'disc')"),
+    Entry("depth", "what is near and far, by any depth network", "in Python: Depth(network, picture)"),
+    Entry("landmarks", "where points of a face or body are", "in Python: Landmarks(network, points)"),
+    Entry("detection", "a thing in a box, by any object detector", "in Python: Detection(network, label, box)"),
+    Entry("face-identity", "whose face it is, by any face network", "in Python: FaceIdentity(network, picture)"),
+    Entry(
+        "attribute",
+        "what it has and has not, by a head over features",
+        "in Python: Attribute(network, head, {'smiling': (31, 1)})",
+    ),
     Entry("measurement", "agreement with a measurement", "in Python: Measurement(operators.Inpaint(mask), y)"),
     Entry("frames", "any of them on the frames of a video", "in Python: Frames(loss)"),
 )
-_PYTHON_ONLY = ("segmentation", "measurement", "frames")
+_ALONE = ("symmetry", "total-variation")  # the argument may be left out
+_PYTHON_ONLY = (
+    *("segmentation", "clip-direction", "measurement", "frames"),
+    *("saliency", "depth", "landmarks", "detection", "face-identity", "attribute"),
+)
 
 _WEIGHT = re.compile(r"\s*([^*:\s]+)\s*\*\s*(.*)", re.DOTALL)
 _FILE = re.compile(r"(.+\.py):(\w+)")
@@ -63,7 +91,7 @@ def parse(
     Args:
         text: 'clip-text:a boot', 'clip-image:photo.png', 'class-label:9', 'style:candy.jpg', 'color:red' (with commas
             a palette; or a picture), or 'path/to/file.py:function', the user's own. A weight may stand in front:
-            '2.0*clip-text:a boot'.
+            '2.0*clip-text:a boot'. `available` tells the others.
         clip_model, clip_pretrained: the model of clip-text and clip-image, and of style, as in `ClipText`.
         style_weights: a file of VGG-16 weights; with it, style takes its features from VGG-16.
 
@@ -90,6 +118,11 @@ def parse(
         "class-label": lambda argument: ClassLabel(int(argument) if re.fullmatch(r"[+-]?\d+", argument) else argument),
         "style": lambda argument: Style(argument, **style),
         "color": _color,
+        "perceptual": lambda argument: Perceptual(argument),
+        "aesthetic": lambda argument: Aesthetic(argument),
+        "sketch": lambda argument: Sketch(argument),
+        "symmetry": lambda argument: Symmetry(argument) if argument else Symmetry(),
+        "total-variation": lambda argument: TotalVariation(argument) if argument else TotalVariation(),
     }
     weight, body = _split_weight(text)
     name, colon, argument = (part.strip() for part in body.partition(":"))
@@ -103,7 +136,7 @@ def parse(
         close = difflib.get_close_matches(name, makers, n=1, cutoff=0.5)
         hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(makers)} and path/to/file.py:function"
         raise LookupError(f"there is no loss '{name}'; {hint}")
-    if not colon or not argument:
+    if not argument and (colon or name not in _ALONE):
         example = next(entry.example for entry in _ENTRIES if entry.name == name)
         raise ValueError(f"'{name}' needs an argument after a colon, such as '{example}', got '{text}'")
     return weight * as_losses(makers[name](argument))

@@ -12,7 +12,7 @@ from torch import nn
 from .clip import DEFAULT_MODEL, DEFAULT_PRETRAINED, load_clip
 from .images import Picture, digest, keep, read_image
 from .loss import Loss
-from .network import IMAGENET_MEAN, IMAGENET_STD, FrozenNetwork, describe_network
+from .network import IMAGENET_MEAN, IMAGENET_STD, FrozenNetwork, describe_network, read_weights
 
 VGG16_LAYERS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3 of torchvision's vgg16().features
 
@@ -139,16 +139,9 @@ def _downloaded(build: Callable[..., nn.Module], weights: Any) -> Any:
 
 
 def _load_features(features: nn.Module, weights: str | os.PathLike[str]) -> None:
-    if not os.path.isfile(weights):
-        raise FileNotFoundError(f"there is no file of VGG-16 weights '{os.fspath(weights)}'")
+    state = read_weights(weights, "VGG-16 weights")
+    state = {key.removeprefix("features."): value for key, value in state.items()}
     try:
-        if os.fspath(weights).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("features."): value for key, value in state.items()}
         features.load_state_dict({key: value for key, value in state.items() if not key.startswith("classifier.")})
     except Exception as error:
         raise ValueError(

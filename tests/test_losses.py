@@ -236,7 +236,7 @@ def test_a_checkpoint_file(tmp_path, monkeypatch, tiny_clip):
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-for-a-test", config)
     loss = ClipText("a boot", model="tiny-for-a-test", pretrained=tiny_clip / "open_clip_model.safetensors")
     assert loss.settings["pretrained"].endswith("open_clip_model.safetensors")
-    assert torch.equal(loss.target, ClipText("a boot", model=tiny_clip).target)
+    assert torch.equal(loss.targets[0], ClipText("a boot", model=tiny_clip).targets[0])
 
 
 def test_clip_errors(tiny_clip, monkeypatch):

@@ -5,8 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from lossguide.losses import Measurement, measure
-from lossguide.losses.operators import GaussianBlur, Inpaint, SuperResolution
+from lossguide.losses.operators import (
+    Chain,
+    Colorize,
+    Fourier,
+    GaussianBlur,
+    Inpaint,
+    Kernel,
+    MotionBlur,
+    Outpaint,
+    SuperResolution,
+)
 from PIL import Image
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
 
 MASK = torch.rand(2, 1, 12, 16, generator=torch.Generator().manual_seed(77)) > 0.5
 OPERATORS = [
@@ -16,11 +31,21 @@ OPERATORS = [
     SuperResolution(1),
     GaussianBlur(9, 2.0),
     GaussianBlur(1, 2.0),
+    SuperResolution(4, "bicubic"),
+    Outpaint(),
+    Outpaint((0.1, 0.2, 0.6, 1.0)),
+    MotionBlur(7.5, 30.0),
+    Kernel(noise(3, 4)),
+    Kernel(noise(21, 5), "zeros"),
+    Kernel(noise(25, 4), "circular"),
+    Kernel(torch.full((4, 4), 1 / 16), "circular"),  # blind to some frequencies
+    Colorize(),
+    Fourier(MASK[0, 0]),
+    Fourier(torch.ones(12, 16)),
+    Chain(GaussianBlur(5, 1.0), SuperResolution(2), Inpaint(MASK[0, 0, :6, :8])),
+    Chain(SuperResolution(2), Kernel(noise(3, 5), "circular")),
+    Chain(Chain(SuperResolution(2), Colorize()), Outpaint()),
 ]
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=repr)
@@ -36,6 +61,14 @@ def test_adjoint_is_the_transpose(operator):
 def test_linear(operator):
     a, b = noise(2, 3, 12, 16), noise(2, 3, 12, 16, seed=1)
     torch.testing.assert_close(operator(2 * a - b), 2 * operator(a) - operator(b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=repr)
+def test_adjoint_is_the_transpose_of_the_derivative(operator):
+    x = noise(2, 3, 12, 16).requires_grad_()
+    y = operator(x)
+    w = noise(*y.shape, seed=1)
+    torch.testing.assert_close(operator.adjoint(w, x.shape), torch.autograd.grad(y, x, w)[0])
 
 
 @pytest.mark.parametrize("operator", [op for op in OPERATORS if hasattr(op, "pseudo_inverse")], ids=repr)
