@@ -270,7 +270,7 @@ def list_losses() -> None:
 def _table(rows: list[tuple[str, ...]], note: str) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
-        click.echo("  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths)), row[-1]]))
+        click.echo("  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths)), row[-1]]).rstrip())
     click.echo(f"\n{note}")
 
 

@@ -22,51 +22,79 @@ from .style import Style
 
 
 class Entry(NamedTuple):
-    """A loss that can be named: what it does, and an example of how it is written (or that it is for Python)."""
+    """A loss that can be named: what it does, an example of how it is written (or that it is for Python), and what it
+    needs beside the package itself."""
 
     name: str
     description: str
     example: str
+    needs: str = ""
 
 
+_CLIP = "open_clip's weights"
+_ALEX = "torchvision's AlexNet weights"
+_FOLDER = "a network; from a folder: transformers"
 _ENTRIES = (
-    Entry("clip-text", "a text, by CLIP", "clip-text:an ankle boot"),
-    Entry("clip-image", "a picture's content, by CLIP", "clip-image:photo.png"),
+    Entry("clip-text", "a text, by CLIP", "clip-text:an ankle boot", _CLIP),
+    Entry("clip-image", "a picture's content, by CLIP", "clip-image:photo.png", _CLIP),
     Entry("class-label", "a class of the demo classifier, by index or name", "class-label:9"),
-    Entry("style", "a picture's style, by Gram matrices", "style:candy.jpg"),
+    Entry("style", "a picture's style, by Gram matrices", "style:candy.jpg", "torchvision's VGG-16 weights"),
     Entry(
         "color", "a mean colour, a palette, or a picture's colours", "color:red, color:#ff0000,#00ff00, color:photo.png"
     ),
-    Entry("perceptual", "a picture as people see it, by LPIPS (AlexNet)", "perceptual:photo.png"),
-    Entry("aesthetic", "LAION's aesthetic score, by a head's file on CLIP ViT-L/14", "aesthetic:head.pth"),
+    Entry("perceptual", "a picture as people see it, by LPIPS (AlexNet)", "perceptual:photo.png", _ALEX),
+    Entry(
+        "aesthetic",
+        "LAION's aesthetic score, by a head's file on CLIP ViT-L/14",
+        "aesthetic:head.pth",
+        "LAION's head, CLIP ViT-L/14",
+    ),
     Entry("sketch", "a drawing's lines, by the picture's edges", "sketch:drawing.png"),
     Entry("symmetry", "left like right, or top like bottom", "symmetry, symmetry:vertical"),
     Entry("total-variation", "smoothness from pixel to pixel", "total-variation, total-variation:anisotropic"),
     Entry("file.py:function", "your own: (images (B, 3, H, W) in [0, 1]) -> (B,)", "my_losses.py:darkness"),
     Entry(
-        "segmentation", "a layout of classes, by any segmentation network", "in Python: Segmentation(network, target)"
+        "segmentation",
+        "a layout of classes, by any segmentation network",
+        "in Python: Segmentation(network, target)",
+        _FOLDER,
     ),
     Entry(
         "clip-direction",
         "a picture's change along that from one text to another, by CLIP",
         "in Python: ClipDirection('a photo', 'a watercolour', picture)",
+        _CLIP,
     ),
-    Entry("saliency", "where the foreground is, by any saliency network", "in Python: Saliency(network, 'disc')"),
-    Entry("depth", "what is near and far, by any depth network", "in Python: Depth(network, picture)"),
-    Entry("landmarks", "where points of a face or body are", "in Python: Landmarks(network, points)"),
-    Entry("detection", "a thing in a box, by any object detector", "in Python: Detection(network, label, box)"),
-    Entry("face-identity", "whose face it is, by any face network", "in Python: FaceIdentity(network, picture)"),
+    Entry(
+        "saliency",
+        "where the foreground is, by any saliency network",
+        "in Python: Saliency(network, 'disc')",
+        "a network",
+    ),
+    Entry("depth", "what is near and far, by any depth network", "in Python: Depth(network, picture)", _FOLDER),
+    Entry("landmarks", "where points of a face or body are", "in Python: Landmarks(network, points)", "a network"),
+    Entry(
+        "detection", "a thing in a box, by any object detector", "in Python: Detection(network, label, box)", _FOLDER
+    ),
+    Entry(
+        "face-identity",
+        "whose face it is, by any face network",
+        "in Python: FaceIdentity(network, picture)",
+        "a network; by name: facenet-pytorch",
+    ),
     Entry(
         "attribute",
         "what it has and has not, by a head over features",
         "in Python: Attribute(network, head, {'smiling': (31, 1)})",
+        "a network and a head",
     ),
     Entry("measurement", "agreement with a measurement", "in Python: Measurement(operators.Inpaint(mask), y)"),
     Entry("frames", "any of them on the frames of a video", "in Python: Frames(loss)"),
+    Entry("diversity", "pictures of a batch that differ", "in Python: Diversity()"),
 )
 _ALONE = ("symmetry", "total-variation")  # the argument may be left out
 _PYTHON_ONLY = (
-    *("segmentation", "clip-direction", "measurement", "frames"),
+    *("segmentation", "clip-direction", "measurement", "frames", "diversity"),
     *("saliency", "depth", "landmarks", "detection", "face-identity", "attribute"),
 )
 

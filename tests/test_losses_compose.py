@@ -167,6 +167,6 @@ def test_parse_errors_are_one_clear_sentence(named, text, error, says):
 
 def test_available_lists_every_name():
     entries = available()
-    assert {"clip-text", "clip-image", "class-label", "style", "color"} <= {name for name, _, _ in entries}
-    assert all(description and example for _, description, example in entries)
+    assert {"clip-text", "clip-image", "class-label", "style", "color"} <= {entry.name for entry in entries}
+    assert all(entry.description and entry.example for entry in entries)
     assert available() is not registry._ENTRIES
