@@ -51,12 +51,14 @@ class Task:
         judge: pictures `(B, 3, H, W)` in [0, 1] -> `(B,)`, lower is better; another network or another measure.
         judged: what the judge is, for the report.
         network: whether augmentation is tried on and off.
+        shown: whether the pictures are new ones, not made to be like given ones.
     """
 
     loss: Callable[[], Composable]
     judge: Callable[[torch.Tensor], torch.Tensor]
     judged: str
     network: bool = False
+    shown: bool = True
 
 
 def references() -> torch.Tensor:
@@ -213,14 +215,22 @@ def tasks() -> dict[str, Task]:
         "colours": Task(lambda: Color(real.pictures()[work_look.PALETTE]), colour_judge, "Delta E, best assignment"),
         "foreground: disc": Task(lambda: _foreground(disc()), border_judge(disc()), "Lab contrast to mask", True),
         "foreground: left half": Task(lambda: _foreground(left()), border_judge(left()), "Lab contrast to mask", False),
-        "ImageNet features": Task(lambda: Term(features_to(references())), _to_reference, "LPIPS, AlexNet", True),
-        "LPIPS, VGG": Task(lambda: Perceptual(references(), vgg()), _to_reference, "LPIPS, AlexNet", True),
+        "ImageNet features": Task(
+            lambda: Term(features_to(references())), _to_reference, "LPIPS, AlexNet", True, shown=False
+        ),
+        "LPIPS, VGG": Task(lambda: Perceptual(references(), vgg()), _to_reference, "LPIPS, AlexNet", True, shown=False),
         "sketch": Task(lambda: Sketch(_drawing()), edges_judge(references()[:1]), "distance of Canny edges, pixels"),
-        "super-resolution": Task(lambda: _restored(operators.SuperResolution(4)), _to_reference, "LPIPS, AlexNet"),
-        "inpainting": Task(lambda: _restored(operators.Inpaint(mask)), _to_reference, "LPIPS, AlexNet"),
-        "deblurring": Task(lambda: _restored(operators.GaussianBlur(9, 2.0)), _to_reference, "LPIPS, AlexNet"),
-        "style and colours, balanced": Task(
-            lambda: _styled("mosaic") + Color(["#1b3a5c", "#f2c14e"]), gram_judge("mosaic"), "Gram distance in AlexNet"
+        "super-resolution": Task(
+            lambda: _restored(operators.SuperResolution(4)), _to_reference, "LPIPS, AlexNet", shown=False
+        ),
+        "inpainting": Task(lambda: _restored(operators.Inpaint(mask)), _to_reference, "LPIPS, AlexNet", shown=False),
+        "deblurring": Task(
+            lambda: _restored(operators.GaussianBlur(9, 2.0)), _to_reference, "LPIPS, AlexNet", shown=False
+        ),
+        "sketch and colours, balanced": Task(
+            lambda: Sketch(_drawing()) + Color(real.pictures()[work_look.PALETTE]),
+            lambda images: edges_judge(references()[:1])(images) + colour_judge(images) / 10,
+            "Canny edges, pixels + Delta E / 10",
         ),
     }
     return found
@@ -253,7 +263,7 @@ def measured(rows: Rows, name: str, task: Task, variant: str) -> dict:
     if variant == "default":
         images = draw(loss)
         SHEETS.mkdir(parents=True, exist_ok=True)
-        save_image(images, SHEETS / f"{name.replace(' ', '-').replace(':', '').replace(',', '')}.png", nrow=4)
+        save_image(images, sheet_of(name), nrow=4)
     else:
         suited = [Term(t.loss, name=t.name, augment=variant == "augmented") for t in loss.terms()]
         images = draw(sum(suited[1:], suited[0]), Augment.geometric(8) if variant == "augmented" else None)
@@ -276,6 +286,22 @@ def plain_pictures() -> torch.Tensor:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(draw(None), path)
     return torch.load(path, weights_only=True)
+
+
+def sheet_of(name: str) -> Path:
+    """Where a task's pictures are kept."""
+    return SHEETS / f"{name.replace(' ', '-').replace(':', '').replace(',', '')}.png"
+
+
+def page(names: list[str]) -> None:
+    """One page: the unguided pictures, then a row of each task's."""
+    rows = [plain_pictures()]
+    for name in names:
+        strip = read_image(sheet_of(name))
+        between = (strip.shape[2] - 4 * 64) // 5
+        strip = strip[:, between : between + 64]
+        rows.append(torch.stack([strip[:, :, i * (64 + between) + between :][:, :, :64] for i in range(4)]))
+    save_image(torch.cat(rows), RESULTS / "losses.png", nrow=4)
 
 
 def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) -> None:
@@ -318,5 +344,14 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
                 shares = row["guide"] / row["guide_plain"], row["judge"] / row["judge_plain"]
                 cells += [*shares, shares[1] - shares[0]]
             lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    shown = [name for name, task in found.items() if sheet_of(name).exists() and task.shown]
+    if shown:
+        page(shown)
+        lines += [
+            "",
+            f"From above: unguided; {'; '.join(shown)}. Pictures made to be like given ones are not shown.",
+            "",
+            "![Pictures](losses.png)",
+        ]
     (RESULTS / "losses.md").write_text("\n".join(lines) + "\n")
     print(RESULTS / "losses.md")

@@ -153,6 +153,8 @@ class Guidance:
             raise ValueError(f"remix is a share in [0, 1], or one of {', '.join(REMIXES)}, got {self.remix!r}")
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"a window needs 0 <= start < stop <= 1, got {self.start}, {self.stop}")
+        if self.balance and self.rule is None and self.inner is None:
+            raise ValueError("balance scales gradients, and here none is taken")
         if self.clock not in CLOCKS:
             raise ValueError(f"clock is one of {', '.join(CLOCKS)}, got {self.clock!r}")
         if self.every < 1:

@@ -146,7 +146,10 @@ class Run:
         if self._population is None:
             return None
         with torch.no_grad():
-            self._population.weigh(self.guidance.loss(self.decode(x.detach()).float()))
+            image = self.decode(x.detach()).float()
+            terms = [term.at(1.0) for term in self.guidance.loss.terms() if term.acts_at(1.0)]
+            terms = terms or list(self.guidance.loss.terms())
+            self._population.weigh(sum(term.weight * term(image) for term in terms))
         return self._population.chosen()
 
     def _begin(self, x: torch.Tensor) -> None:

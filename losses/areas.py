@@ -63,7 +63,7 @@ class Region:
         elif isinstance(area, torch.Tensor):
             self._mask = area.detach().float().clone()
             self._mask = self._mask[None] if area.ndim == 2 else self._mask
-            self.area, self.batch = area, len(self._mask)
+            self.area, self.batch = area.detach().clone(), len(self._mask)
         elif isinstance(area, (str, os.PathLike, Image.Image, Pixels)):
             if isinstance(area, (str, os.PathLike)) and not Path(area).is_file():
                 raise FileNotFoundError(f"there is no picture '{area}'; shapes are {', '.join(SHAPES)}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .loss import Loss
-from .network import describe_network
+from .network import FrozenNetwork, describe_network
 
 
 class Diversity(Loss):
@@ -31,7 +31,7 @@ class Diversity(Loss):
     def __init__(self, network: Callable[[torch.Tensor], torch.Tensor] | None = None, *, size: int = 16):
         if size < 2:
             raise ValueError(f"pictures are compared in at least 2 x 2 pixels, got {size}")
-        self.network, self.size = network, size
+        self.network, self.size = None if network is None else FrozenNetwork(network), size
         self.settings = {"network": None if network is None else describe_network(network), "size": size}
         self.arguments = {"network": network, "size": size}
 

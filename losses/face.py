@@ -74,9 +74,7 @@ class FaceIdentity(Loss):
     def _embedding(self, image: torch.Tensor, crop: Sequence[float] | None) -> torch.Tensor:
         if crop is not None:
             (height, width), (x0, y0, x1, y1) = image.shape[2:], crop
-            rows = slice(int(y0 * height), max(math.ceil(y1 * height), int(y0 * height) + 1))
-            columns = slice(int(x0 * width), max(math.ceil(x1 * width), int(x0 * width) + 1))
-            image = image[:, :, rows, columns]
+            image = image[:, :, _pixels(y0, y1, height), _pixels(x0, x1, width)]
         if self.align is not None:
             image = self.align(image)
         embedding = logits_of(self.network(image))
@@ -87,6 +85,12 @@ class FaceIdentity(Loss):
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         embedding = self._embedding(image, self.crop)
         return 1 - F.cosine_similarity(embedding, self.target.to(embedding), dim=1)
+
+
+def _pixels(start: float, stop: float, side: int) -> slice:
+    """The whole pixels between two fractions of a side, at least one."""
+    first = math.floor(round(start * side, 6))
+    return slice(first, max(math.ceil(round(stop * side, 6)), first + 1))
 
 
 def _facenet(name: str) -> torch.nn.Module:

@@ -21,7 +21,8 @@ class Frames(Loss):
             pictures as frames are named, so few of them are faster.
 
     Raises:
-        ValueError: (when called) what is looked at is no video, or has no such frame; a reference that differs from
+        ValueError: the loss has a target per picture, looks at a whole batch, or has a window or schedule inside;
+            (when called) what is looked at is no video, or has no such frame; a reference that differs from
             picture to picture does not fit the frames.
     """
 
@@ -29,6 +30,12 @@ class Frames(Loss):
         if not isinstance(loss, Composable) and not callable(loss):
             raise TypeError(f"a loss is a callable (image) -> (B,), got {loss!r}")
         terms = as_losses(loss).terms()
+        if any(term.schedule or term.window != (0.0, 1.0) for term in terms):
+            raise ValueError("windows and schedules go around: Frames(loss).during(...)")
+        if any(
+            getattr(term.loss, "whole_batch", False) or (getattr(term.loss, "batch", None) or 1) > 1 for term in terms
+        ):
+            raise ValueError("Frames takes losses that look at each picture alone, with one target for all of them")
         self.loss, self.which = loss, None if which is None else [int(i) for i in which]
         self.name = "+".join(term.name for term in terms)
         self.augment = all(term.augment for term in terms)

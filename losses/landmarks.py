@@ -16,7 +16,7 @@ class Landmarks(Loss):
     """The mean Euclidean distance of a network's points from target points, visible ones only.
 
     Distances are in fractions of the picture. Networks of heat maps `(B, K, h, w)` are wrapped by
-    `kornia.geometry.spatial_soft_argmax2d`, which is differentiable.
+    `(kornia.geometry.spatial_soft_argmax2d(maps) + 1) / 2`, which is differentiable.
 
     Args:
         network: module or callable, images `(B, 3, h, w)` -> points `(B, K, 2)`, x then y in fractions of width and

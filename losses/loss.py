@@ -54,10 +54,12 @@ class Composable:
     def scheduled(self, *points: tuple[float, float]) -> Losses:
         """Weigh by a factor that goes along straight lines through `(progress, factor)`, level before and after them.
 
-        `Style("candy.jpg").scheduled((0.3, 0), (0.6, 1))` sets in slowly.
+        `text + style.scheduled((0.3, 0), (0.6, 1))`: the style sets in slowly. Weights are relative: a factor of zero
+        switches a lone loss off, another makes it weaker only where the rule's steps are as long as the gradient, which
+        `auto`'s are not.
 
         Raises:
-            ValueError: the points are not in order of their progress, or a factor is negative.
+            ValueError: the points are not in order of their progress in [0, 1], or a factor is negative.
         """
         return Losses(tuple(dataclasses.replace(term, schedule=tuple(points)) for term in self._parts()))
 
@@ -127,10 +129,10 @@ class Term(Composable):
             raise TypeError(f"a loss is a callable (image) -> (B,), got {self.loss!r}{hint}")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"a weight is finite and not negative, got {self.weight} for {self.loss!r}")
-        places = [place for place, _ in self.schedule]
-        if places != sorted(places) or any(not 0 <= factor < float("inf") for _, factor in self.schedule):
+        if not _is_schedule(self.schedule):
             raise ValueError(
-                f"a schedule is points (progress, factor) in order, factors not negative, got {self.schedule}"
+                "a schedule is points (progress, factor), progress in [0, 1] and in order, factors not negative, "
+                f"got {self.schedule}"
             )
         if not self.name:
             object.__setattr__(self, "name", getattr(self.loss, "__name__", type(self.loss).__name__))
@@ -184,6 +186,15 @@ class Term(Composable):
             "augment": self.augment,
             "schedule": [list(point) for point in self.schedule],
         }
+
+
+def _is_schedule(points: Any) -> bool:
+    """Whether these are points `(progress, factor)` in order."""
+    if any(len(point) != 2 or not all(isinstance(v, numbers.Real) for v in point) for point in points):
+        return False
+    places = [place for place, _ in points]
+    fine = all(0 <= place <= 1 and 0 <= factor < float("inf") for place, factor in points)
+    return fine and places == sorted(places)
 
 
 class Losses(Composable):

@@ -56,19 +56,37 @@ def opened(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"the network in '{folder}' could not be loaded by {auto}: {reason}") from error
-    own = _preprocessing(folder / "preprocessor_config.json")
+    own = _preprocessing(folder / "preprocessor_config.json", transformers)
     given = {"size": size, "mean": mean, "std": std}
     return FrozenNetwork(model, **{key: own.get(key) if value is None else value for key, value in given.items()})
 
 
-def _preprocessing(path: Path) -> dict[str, Any]:
+def _preprocessing(path: Path, transformers: Any) -> dict[str, Any]:
+    """Size, mean and standard deviation, as the folder's own image processor has them."""
     if not path.is_file():
         return {}
     config, own = json.loads(path.read_text(encoding="utf-8")), {}
-    if config.get("do_normalize", True) and "image_mean" in config:
+    try:  # what the file leaves out is as the processor's class has it
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            path.parent, local_files_only=True, trust_remote_code=False
+        )
+    except Exception:
+        processor = None
+    does = {
+        name: bool(
+            getattr(processor, name, None) if getattr(processor, name, None) is not None else config.get(name, usual)
+        )
+        for name, usual in (("do_normalize", True), ("do_resize", True), ("do_flip_channel_order", False))
+    }
+    if does["do_flip_channel_order"]:
+        raise ValueError(
+            f"the network in '{path.parent}' wants blue before red: give a callable that flips the channels, such as "
+            "lambda image: network(image.flip(1))"
+        )
+    if does["do_normalize"] and "image_mean" in config:
         own |= {"mean": config["image_mean"], "std": config["image_std"]}
     size = config.get("size")
-    if config.get("do_resize", True) and size:
+    if does["do_resize"] and size:
         if isinstance(size, dict):
             size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
         own["size"] = size

@@ -97,7 +97,7 @@ class Segmentation(Loss):
         if share is not None:
             if not 0 <= share <= 1:
                 raise ValueError(f"a share of the picture is in [0, 1], got {share}")
-            self.share = float(share)
+            self.share, self.augment = float(share), False  # a resized picture has more of it
             self.settings |= {"label": label, "share": self.share}
             self.arguments |= {"label": label, "share": self.share}
         else:

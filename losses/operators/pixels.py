@@ -48,10 +48,10 @@ class Inpaint(LinearOperator):
         return image * (per_image(mask, len(image), "masks") if mask.ndim == 4 else mask)
 
     def adjoint(self, y: torch.Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> torch.Tensor:
-        return y * self.mask.to(y)
+        return self(y)
 
     def pseudo_inverse(self, y: torch.Tensor) -> torch.Tensor:
-        return y * self.mask.to(y)
+        return self(y)
 
     def observed(self, y: torch.Tensor) -> torch.Tensor:
         return self.mask.to(y)
