@@ -38,6 +38,7 @@ from .rows import Rows
 RESULTS = Path(__file__).parent / "results"
 SHEETS = Path(__file__).parents[1] / ".train" / "losses"  # not committed: pictures of the runs
 SEEDS, STEPS = range(20, 24), 50
+VARIANTS = ("not augmented", "augmented")
 SALIENCY_SIDE = 160  # half of what the network was trained at, a quarter of the time
 REFERENCES = (5, 50, 100, 150)  # pictures of the real model's own kind
 
@@ -310,7 +311,15 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
         raise SystemExit("the real model is not on this machine")
     torch.set_num_threads(1)
     rows = Rows(RESULTS / "losses.jsonl", methods.weights_digest(real.model), fresh)
-    found = {name: task for name, task in tasks().items() if not only or name in only}
+    for name, task in tasks().items():
+        if not only or name in only:
+            for variant in ("default", *(VARIANTS if task.network and not quick else ())):
+                measured(rows, name, task, variant)
+    report(rows)
+
+
+def report(rows: Rows) -> None:
+    """Write the tables of what has been measured, and the page of pictures."""
     lines = [
         "# Every loss on a real model",
         "",
@@ -322,29 +331,29 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
         "| loss | guide's, of unguided | judge's, of unguided | judge |",
         "|---|---|---|---|",
     ]
-    for name, task in found.items():
-        row = measured(rows, name, task, "default")
-        shares = row["guide"] / row["guide_plain"], row["judge"] / row["judge_plain"]
-        lines.append(f"| {name} | {shares[0]:.2f} | {shares[1]:.2f} | {task.judged} |")
+    for name, task in tasks().items():
+        if (row := rows.get(task=name, variant="default", steps=STEPS)) is not None:
+            guide, judge = _shares(row)
+            lines.append(f"| {name} | {guide:.2f} | {judge:.2f} | {task.judged} |")
     lines += [
         "",
         "## Random augmentation on and off",
         "",
-        "Eight copies shifted, resized and turned a little, or none, where a network judges. The gap "
-        "is the judge's share less the guide's: how much of the fall the judge does not see.",
+        "Eight copies shifted, resized and turned a little, or none, where a network judges. The gap is the judge's "
+        "share less the guide's: how much of the fall the judge does not see.",
         "",
         "| loss | guide, off | judge, off | gap, off | guide, on | judge, on | gap, on |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, task in found.items():
-        if task.network and not quick:
+    for name in tasks():
+        found = [rows.get(task=name, variant=variant, steps=STEPS) for variant in VARIANTS]
+        if any(found):
             cells = []
-            for variant in ("not augmented", "augmented"):
-                row = measured(rows, name, task, variant)
-                shares = row["guide"] / row["guide_plain"], row["judge"] / row["judge_plain"]
-                cells += [*shares, shares[1] - shares[0]]
-            lines.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-    shown = [name for name, task in found.items() if sheet_of(name).exists() and task.shown]
+            for row in found:
+                shares = _shares(row) if row else ()
+                cells += [f"{v:.2f}" for v in (*shares, shares[1] - shares[0])] if row else [""] * 3
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    shown = [name for name, task in tasks().items() if task.shown and sheet_of(name).exists()]
     if shown:
         page(shown)
         lines += [
@@ -355,3 +364,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
         ]
     (RESULTS / "losses.md").write_text("\n".join(lines) + "\n")
     print(RESULTS / "losses.md")
+
+
+def _shares(row: dict) -> tuple[float, float]:
+    return row["guide"] / row["guide_plain"], row["judge"] / row["judge_plain"]
