@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -88,12 +88,16 @@ def ways_of(model: Denoiser, batch: int, steps: int) -> dict[str, tuple[Callable
     return found
 
 
-def time_ways(model: Denoiser, batch: int, steps: int, repeats: int) -> dict[str, float]:
-    """Median processor seconds of a step each way, timed in turn on this thread."""
+def time_ways(
+    model: Denoiser, batch: int, steps: int, repeats: int, ways: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Median processor seconds of a step each way, or some `ways`, timed in turn on this thread."""
     seconds: dict[str, list[float]] = {}
     with model.frozen():
         for repeat in range(repeats + 1):
             for name, (way, count) in ways_of(model, batch, steps).items():
+                if ways is not None and name not in ways:
+                    continue
                 start = time.process_time()
                 way()
                 if repeat:

@@ -183,7 +183,7 @@ def _styled(name: str) -> Style:
     return Style(_style(name), weights=real.FOLDER / "lpips" / "vgg16_features.pt", size=64)
 
 
-def _foreground(mask: torch.Tensor) -> Saliency:
+def foreground(mask: torch.Tensor) -> Saliency:
     return Saliency(u2net(), mask[0], mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=SALIENCY_SIDE)
 
 
@@ -214,8 +214,8 @@ def tasks() -> dict[str, Task]:
     mask = torch.rand(4, 1, 64, 64, generator=torch.Generator().manual_seed(3)) > 0.5
     found |= {
         "colours": Task(lambda: Color(real.pictures()[work_look.PALETTE]), colour_judge, "Delta E, best assignment"),
-        "foreground: disc": Task(lambda: _foreground(disc()), border_judge(disc()), "Lab contrast to mask", True),
-        "foreground: left half": Task(lambda: _foreground(left()), border_judge(left()), "Lab contrast to mask", False),
+        "foreground: disc": Task(lambda: foreground(disc()), border_judge(disc()), "Lab contrast to mask", True),
+        "foreground: left half": Task(lambda: foreground(left()), border_judge(left()), "Lab contrast to mask", False),
         "ImageNet features": Task(
             lambda: Term(features_to(references())), _to_reference, "LPIPS, AlexNet", True, shown=False
         ),
@@ -239,7 +239,7 @@ def tasks() -> dict[str, Task]:
 
 def draw(loss: Composable | None, augment: Augment | None | str = "default") -> torch.Tensor:
     """Pictures `(4, 3, 64, 64)` in [0, 1]; plain ones without a loss."""
-    model = methods._model(real.model, torch.bfloat16)
+    model = methods.model_in(real.model, torch.bfloat16)
     guidance = None
     if loss is not None:
         terms = loss.terms()

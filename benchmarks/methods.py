@@ -8,27 +8,22 @@ is repeated. Several processes started with the same command share the work.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import hashlib
 import json
-import platform
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lossguide.guidance import recipes
+from lossguide.guidance import Guidance, recipes
 from lossguide.losses import Measurement, Term, operators
-from lossguide.samplers import Denoiser, sample
 from lossguide.samplers.plain import plain
 
 from . import methods_report, work_demo, work_look, work_restore
 from .grids import ETA, LONG, MOST, ORDER, beyond, grid, suits
 from .rows import Rows, digest_of
+from .runs import about, failure, figures, model_in, sampled, weights_digest
 from .work import Pictures, Work
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,14 +75,6 @@ class Job:
 
 
 @functools.cache
-def _model(load, dtype: torch.dtype) -> Denoiser:
-    if dtype == torch.float32:
-        return load()
-    model = _model(load, torch.float32)
-    return dataclasses.replace(model, model=copy.deepcopy(model.model).to(dtype), dtype=dtype)
-
-
-@functools.cache
 def _pictures(name: str, which: str) -> Pictures:
     return next(work for work in WORKS if work.name == name).pictures(which)
 
@@ -95,15 +82,6 @@ def _pictures(name: str, which: str) -> Pictures:
 def pictures_of(work: Work, which: str) -> Pictures:
     """A set of a work's pictures, made once."""
     return _pictures(work.name, which)
-
-
-@functools.cache
-def weights_digest(load) -> str:
-    """A short digest of a model's weights, so that rows of other weights are not mixed in."""
-    digest = hashlib.sha256()
-    for value in _model(load, torch.float32).model.state_dict().values():
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy() if value.dim() else b"")
-    return digest.hexdigest()[:12]
 
 
 def settings_digest(recipe: str, change: dict, work: Work) -> str:
@@ -114,85 +92,33 @@ def settings_digest(recipe: str, change: dict, work: Work) -> str:
     return digest_of(recipes.get(recipe)(stand_in, **change))
 
 
-@torch.no_grad()
-def bare_forward(model: Denoiser, pictures: int, times: int) -> list[float]:
-    """Seconds of some forwards of the denoiser."""
-    x, seconds = torch.randn(pictures, *model.shape), []
-    for _ in range(times):
-        start = time.perf_counter()
-        model.predict(x, torch.tensor(100))
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
 def draw(job: Job) -> tuple[torch.Tensor, dict]:
     """The pictures of a run, and what it cost."""
-    pictures, model = pictures_of(job.work, job.which), _model(job.work.model, job.dtype)
+    pictures, model = pictures_of(job.work, job.which), model_in(job.work.model, job.dtype)
     if job.recipe == "trivial":
         return pictures.trivial[: len(job.seeds)], {}
     guided = job.recipe != "unguided"
-    batch = min(job.work.batch, len(job.seeds))
+    batch = job.work.batch
     if guided and recipes.get(job.recipe)(pictures.loss([0]), **job.change).candidates > 1:
-        batch = 1  # targets of several pictures do not follow their particles
-    times = min(3, job.steps // 2)
-    start, images, seconds, nonfinite = time.perf_counter(), [], [], 0
-    forward = bare_forward(model, batch, times)
-    for first in range(0, len(job.seeds), batch):
-        places = range(len(job.seeds))[first : first + batch]
-        guidance = recipes.get(job.recipe)(pictures.loss(places), **job.change) if guided else None
-        result = sample(
-            model, guidance, steps=job.steps, seeds=[job.seeds[i] for i in places], eta=ETA.get(job.recipe, 1.0)
-        )
-        images.append(result.images)
-        if len(places) == batch:
-            seconds += [row["seconds"] for row in result.record.rows]
-        visits = len(result.record.rows)
-        nonfinite += 0 if result.record.nonfinite is None else int(result.record.nonfinite.sum())
-    forward += bare_forward(model, batch, times)
-    cost = dict(
-        seconds_per_visit=statistics.median(seconds),
-        forward_seconds=statistics.median(forward),
-        visits=visits,
-        nonfinite=nonfinite,
-        batch=batch,
-        seconds=time.perf_counter() - start,
-    )
-    return torch.cat(images), cost
+        batch = 1  # not every loss's targets follow the particles of several pictures
+
+    def guidance_of(places: Sequence[int]) -> Guidance | None:
+        return recipes.get(job.recipe)(pictures.loss(places), **job.change) if guided else None
+
+    return sampled(model, guidance_of, job.seeds, batch, job.steps, ETA.get(job.recipe, 1.0))
 
 
 def measure(job: Job, strips: Path | None = None) -> dict:
     """The row of a run: figures of the judge, per picture and on the whole, and cost."""
-    about = dict(
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        machine=platform.machine(),
-        date=time.strftime("%Y-%m-%d"),
-    )
     try:
         images, cost = draw(job)
     except (ValueError, ArithmeticError, RuntimeError) as error:
-        return {**job.key, "figures": None, "failure": f"{type(error).__name__}: {error}".split("\n")[0][:200], **about}
-    judged = {name: value.double() for name, value in pictures_of(job.work, job.which).judge(images).items()}
+        return {**job.key, "figures": None, "failure": failure(error), **about()}
+    judged = pictures_of(job.work, job.which).judge(images)
     if strips is not None and job.which == "evaluation" and not job.change:
         methods_report.save_strip(strips / job.work.name / f"{job.recipe}.png", images)
-    return {
-        **job.key,
-        "figures": {name: mean(name, value) for name, value in judged.items()},
-        "errors": {name: standard_error(value) for name, value in judged.items()},
-        "per_picture": {name: [round(v, 6) for v in value.tolist()] for name, value in judged.items()},
-        **cost,
-        **about,
-    }
-
-
-def mean(name: str, values: torch.Tensor) -> float:
-    """The figure of a set: the mean over pictures, of a root mean square its own kind."""
-    return (values.square().mean().sqrt() if name == "rmse" else values.mean()).item()
-
-
-def standard_error(values: torch.Tensor) -> float | None:
-    """Standard error of the mean over pictures; None for a single one."""
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    cost.pop("curve", None)
+    return {**job.key, **figures(judged), **cost, **about()}
 
 
 @dataclass(frozen=True)

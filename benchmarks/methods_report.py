@@ -247,19 +247,24 @@ def write_sheet(work: Work, pictures: Pictures, strips: Path, folder: Path, name
     rows |= {path.stem: Image.open(path) for path in sorted(done.glob("*.png"), key=lambda p: _place(p.stem))}
     if len(rows) == len(pictures.shown):
         return
-    side = next(iter(pictures.shown.values())).shape[-1] if pictures.shown else next(iter(rows.values())).height
+    place = strips if work.name.startswith("real") else folder
+    sheet(rows).save(place / f"{name}-{work.name}.png")
+
+
+def sheet(rows: dict[str, Image.Image]) -> Image.Image:
+    """Pictures in rows below one another, each with its label; small ones are enlarged."""
+    side = next(iter(rows.values())).height
     zoom = max(1, 64 // side)
     font, left = ImageFont.load_default(size=14), 150
     tall = max(image.height for image in rows.values()) * zoom
     wide = max(image.width for image in rows.values()) * zoom
-    sheet = Image.new("RGB", (left + wide, (tall + 2) * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
+    whole = Image.new("RGB", (left + wide, (tall + 2) * len(rows)), "white")
+    pen = ImageDraw.Draw(whole)
     for i, (label, image) in enumerate(rows.items()):
         top = i * (tall + 2)
         pen.text((6, top + tall // 2), label, "black", font, anchor="lm")
-        sheet.paste(image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST), (left, top))
-    place = strips if work.name.startswith("real") else folder
-    sheet.save(place / f"{name}-{work.name}.png")
+        whole.paste(image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST), (left, top))
+    return whole
 
 
 def _place(recipe: str) -> int:

@@ -22,6 +22,8 @@ class Pictures:
         judge: the first pictures of the set, `(N, C, H, W)` in [0, 1] -> figures `(N,)` by name.
         shown: what the contact sheet shows beside the results, by label.
         trivial: what costs nothing, to be better than; None where there is no such thing.
+        whole: figures of the first pictures of the set as a whole, such as distances to real ones: name -> figure and
+            its standard error over pictures.
     """
 
     seeds: Sequence[int]
@@ -29,6 +31,7 @@ class Pictures:
     judge: Callable[[torch.Tensor], dict[str, torch.Tensor]]
     shown: dict[str, torch.Tensor] = field(default_factory=dict)
     trivial: torch.Tensor | None = None
+    whole: Callable[[torch.Tensor], dict[str, tuple[float, float]]] | None = None
 
 
 @dataclass(frozen=True)

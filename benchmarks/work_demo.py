@@ -11,6 +11,7 @@ from lossguide.losses.demo import CLASSES, caption, classifier
 from lossguide.samplers import load_demo
 
 from .demo.data import available, fashion_mnist
+from .metrics import distances_with_errors
 from .work import SETS, Pictures, Work
 
 COUNTS = {"search": 30, "evaluation": 60, "fresh": 120}
@@ -34,6 +35,21 @@ def examples(which: str) -> torch.Tensor:
     each = COUNTS[which] // 10
     by_class = [images[(labels == c).nonzero()[skip : skip + each, 0]] for c in range(10)]
     return torch.stack(by_class, 1).flatten(0, 1)
+
+
+@functools.cache
+def real_features() -> torch.Tensor:
+    """The judge's penultimate features `(10000, 64)` of the real test pictures."""
+    with torch.no_grad():
+        return torch.cat([judge().features(part) for part in fashion_mnist("test")[0].split(500)])
+
+
+def to_real(images: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Frechet and kernel distance to the real test pictures, in the judge's penultimate features."""
+    if not available():
+        return {}
+    with torch.no_grad():
+        return distances_with_errors(judge().features(images.nan_to_num(0.5)), real_features())
 
 
 def labels_of(places: Sequence[int]) -> list[int]:
@@ -79,6 +95,7 @@ def _pictures(loss: Callable, judge: Callable, shown: bool = False) -> Callable[
             lambda places: loss(which, list(places)),
             lambda images: judge(which, images),
             {"example": examples(which)} if shown else {},
+            whole=to_real,
         )
 
     return pictures

@@ -218,14 +218,12 @@ def _frames_first(latents: torch.Tensor, call: Call) -> torch.Tensor:
     return _visual(latents.transpose(1, 2), call)
 
 
-def _target_panel(latents: torch.Tensor, call: Call) -> torch.Tensor:
-    """VisualCloze: tokens of every row of a grid of panels; the loss sees the panels that the last row is to fill."""
-    pipe, rows, masks = call.pipe, call["input_image"][0], call["input_mask"][0]
+def _last_row(latents: torch.Tensor, call: Call) -> torch.Tensor:
+    """VisualCloze: tokens of every row of a grid of panels; the last row, which is to be completed, is decoded."""
+    pipe, rows = call.pipe, call["input_image"][0]
     sizes = [[tuple(panel.shape[-2:]) for panel in row] for row in rows]
     row = pipe._unpack_latents(latents, sizes, pipe.vae_scale_factor)[-1]
-    image = as_picture(decoded(denormalised(row, call.vae), call.vae))
-    panels = image.split([width for _, width in sizes[-1]], -1)
-    return torch.cat([panel for panel, mask in zip(panels, masks[-1]) if mask.float().mean() > 0.5], -1)
+    return as_picture(decoded(denormalised(row, call.vae), call.vae))
 
 
 def _spectrogram(latents: torch.Tensor, call: Call) -> torch.Tensor:
@@ -269,14 +267,14 @@ def _from_picture(pipe: Any) -> bool:
 
 _SOUND = {"waveform": _vocoded, "spectrogram": _spectrogram}
 _ADAPTERS = [
-    Adapter(_named("VisualClozePipeline"), _target_panel, part="generation_pipe"),
+    Adapter(_named("VisualClozePipeline"), _last_row, part="generation_pipe"),
     Adapter(lambda pipe: "Combined" in type(pipe).__name__ and hasattr(pipe, "decoder_pipe"), {}, part="decoder_pipe"),
     Adapter(_named("DiTPipeline"), _visual, doubled=True),
     Adapter(_named("CogVideoX"), {"video": _frames_first}),
     Adapter(_from_picture, {"video": _from_first_frame}),
     Adapter(_named("LTXImageToVideo"), {"video": _after_first_frame}),
     Adapter(_named("StableVideoDiffusion"), {"video": _frame_by_frame}),
-    Adapter(lambda pipe: _has(getattr(pipe, "_unpack_latents", None), "sizes"), _target_panel),
+    Adapter(lambda pipe: _has(getattr(pipe, "_unpack_latents", None), "sizes"), _last_row),
     Adapter(lambda pipe: hasattr(pipe, "transformer_temporal_patch_size"), {"video": _packed_video}),
     Adapter(lambda pipe: hasattr(pipe, "vocoder"), _SOUND),
     Adapter(lambda pipe: "Oobleck" in type(getattr(pipe, "vae", None)).__name__, {"waveform": _waveform}),

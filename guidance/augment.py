@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from ..losses.network import constant
 from ..samplers.random import rand
 
 _GREY = (0.299, 0.587, 0.114)
@@ -72,27 +74,33 @@ class Augment:
         if image.dim() == 5:
             frames = self.apply(image.flatten(0, 1), draws.repeat_interleave(image.shape[1], 0))
             return frames.unflatten(0, image.shape[:2])
-        from kornia.geometry.transform import get_affine_matrix2d, warp_affine
-
         u = draws.to(image)
-        n, _, height, width = image.shape
-        size = torch.tensor([width, height]).to(image)
-        shift = (2 * u[:, :2] - 1) * self.translate * size
-        zoom = _between(u[:, 2:3], self.scale).expand(-1, 2)
-        turn = (2 * u[:, 3] - 1) * self.degrees
-        center = ((size - 1) / 2).expand(n, 2)
         if self.translate or self.degrees or self.scale != (1, 1):
-            matrix = get_affine_matrix2d(shift, center, zoom, turn)[:, :2]
-            image = warp_affine(image, matrix, (height, width), padding_mode="border", align_corners=True)
+            image = self._warp(image, u[:, :4])
         if self.brightness or self.saturation != (1, 1) or self.contrast != (1, 1):
             image = self._recolour(image, u[:, 4:7])
         if self.cutout:
             image = self._cut(image, u[:, 7:9])
         return image
 
+    def _warp(self, image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Resized, turned clockwise and then shifted about the middle; edges are repeated."""
+        wide = image.to(torch.promote_types(image.dtype, torch.float32))
+        u = u.to(wide.dtype)[:, :, None, None]
+        height, width = image.shape[2:]
+        x, y = (torch.arange(side, device=image.device, dtype=wide.dtype) - (side - 1) / 2 for side in (width, height))
+        x = x[None, None, :] - (2 * u[:, 0] - 1) * self.translate * width  # what is there now came from the inverse
+        y = y[None, :, None] - (2 * u[:, 1] - 1) * self.translate * height
+        zoom, turn = _between(u[:, 2], self.scale), (2 * u[:, 3] - 1) * math.radians(self.degrees)
+        cosine, sine = turn.cos() / zoom, turn.sin() / zoom
+        across = (cosine * x + sine * y) * (2 / max(1, width - 1))
+        down = (cosine * y - sine * x) * (2 / max(1, height - 1))
+        grid = torch.stack([across, down], -1)
+        return F.grid_sample(wide, grid, padding_mode="border", align_corners=True).to(image.dtype)
+
     def _recolour(self, image: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         u = u[:, :, None, None, None]
-        weights = torch.tensor(_GREY).to(image).view(1, 3, 1, 1)
+        weights = constant(_GREY, image).view(1, 3, 1, 1)
         image = image + (2 * u[:, 0] - 1) * self.brightness
         grey = (image * weights).sum(1, keepdim=True)
         image = grey + _between(u[:, 1], self.saturation) * (image - grey)

@@ -1,10 +1,9 @@
-"""The command line: `lossguide generate`, `restore`, `tune`, `check`, `recipes`, `losses`."""
+"""The command line: `lossguide generate`, `restore`, `imitate`, `tune`, `check`, `recipes`, `losses`."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from . import cli_output as output
 from . import cli_restore as restoring
 from . import recipes as methods
 from .cli_check import check_command
+from .cli_imitate import imitate_command
 from .cli_job import BAD, Job, Problem, told
-from .cli_model import SCHEDULERS, check_model, known_scheduler
-from .cli_output import PARENT
+from .cli_model import check_model
+from .cli_options import shared
 from .cli_tune import tune_command
 from .contact_sheet import Block
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Main(click.Group):
@@ -56,6 +54,7 @@ def main(context: click.Context) -> None:
     Examples:
       lossguide generate "ankle boot"
       lossguide restore photo.png --task super-resolution --degrade --resize
+      lossguide imitate query.png --pair before.png after.png
       lossguide tune "ankle boot" --trials 10
       lossguide check my_losses.py:darkness
       lossguide recipes
@@ -63,51 +62,6 @@ def main(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-def _recipe(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    with told(LookupError):
-        methods.get(value)
-    return value
-
-
-def _scheduler(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    with told(LookupError):
-        return None if value is None else known_scheduler(value)
-
-
-def _shared(num_images: int) -> Callable[[Callable], Callable]:
-    """The options that `generate` and `restore` share."""
-    option, shown = click.option, {"show_default": True}
-    options = [
-        option("--model", default="demo", **shown, help="demo, a folder in diffusers' format, or a hub id."),
-        option("--recipe", default="auto", callback=_recipe, **shown, help="Method; `lossguide recipes` lists them."),
-        option("--strength", type=click.FloatRange(0), default=1.0, **shown, help="Factor of every step."),
-        option("--steps", type=click.IntRange(1), default=50, **shown, help="Solver steps."),
-        option(
-            "--scheduler",
-            callback=_scheduler,
-            help=f"{', '.join(SCHEDULERS)}; default: ddim for the demo, else the model's own.",
-        ),
-        option("--num-images", type=click.IntRange(1), default=num_images, **shown, help="How many pictures."),
-        option("--batch-size", type=click.IntRange(1), help="Pictures at once; default: up to 64, by text models 1."),
-        option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, **shown, help="First picture's; then 1 more."),
-        option("--device", default="auto", **shown, help="cpu, cuda, cuda:1 ...; auto: CUDA where there is one."),
-        option("--dtype", type=click.Choice(DTYPES), default="float32", **shown, help="Precision of the model."),
-        option(
-            "--out",
-            type=click.Path(file_okay=False, path_type=Path),
-            help=f"Folder for the results; default: in {PARENT}. One that holds results is kept, NAME-2 is taken.",
-        ),
-        option("--quiet", "-q", is_flag=True, help="No progress bar."),
-    ]
-
-    def decorate(command: Callable) -> Callable:
-        for add in reversed(options):
-            command = add(command)
-        return command
-
-    return decorate
 
 
 @main.command(short_help="Draw pictures of a text, or of what losses ask.")
@@ -122,7 +76,7 @@ def _shared(num_images: int) -> Callable[[Callable], Callable]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="best.json of `lossguide tune`: settings in place of --strength and the recipe's own.",
 )
-@_shared(num_images=16)
+@shared(num_images=16)
 @click.pass_context
 def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained, **run: Any) -> None:
     """Draw pictures that a PROMPT or losses describe, beside what the model draws without them.
@@ -187,7 +141,7 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
     "--keep", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="inpaint --degrade: share kept."
 )
 @click.option("--resize", is_flag=True, help="Crop and resize the photo to the size that the model needs.")
-@_shared(num_images=4)
+@shared(num_images=4)
 @click.pass_context
 def restore(context: click.Context, photo, task, mask, degrade, resize, **options: Any) -> None:
     """Restore a PHOTO with a hole, in low resolution, or blurred, by a model of such pictures.
@@ -296,6 +250,7 @@ def _in_demo_world(prompt: str) -> None:
         )
 
 
+main.add_command(imitate_command)
 main.add_command(tune_command)
 main.add_command(check_command)
 

@@ -81,7 +81,7 @@ def command_line(context: click.Context, **resolved: Any) -> str:
             words.append(parameter.opts[-1])
         else:
             for one in value if isinstance(value, (tuple, list)) else (value,):
-                words += [parameter.opts[-1], str(one)]
+                words += [parameter.opts[-1], *(str(part) for part in (one if isinstance(one, tuple) else (one,)))]
     if any(word.startswith("-") for word in last):
         words.append("--")
     return shlex.join(words + last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -78,13 +78,14 @@ def balanced_gradient(
     augment: Augment | None,
     draws: torch.Tensor | None,
     factors: list[torch.Tensor] | None = None,
+    evaluate: Callable = loss_gradient,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
     """As `loss_gradient`, each term times a factor per sample: their unweighted gradients get the mean length of all.
 
     Returns also the factors `(B,)` of each term; where some are given, these are used. A term whose gradient is zero or
-    not finite is left as it is and does not count for the mean.
+    not finite is left as it is and does not count for the mean. `evaluate` is `loss_gradient`, or what does the same.
     """
-    parts = [loss_gradient(image, [term], augment, draws) for term in terms]
+    parts = [evaluate(image, [term], augment, draws) for term in terms]
     if factors is None:
         lengths = torch.stack([g.flatten(1).norm(dim=1) / term.weight for (g, _, _), term in zip(parts, terms)])
         sound = torch.isfinite(lengths) & (lengths > 0)

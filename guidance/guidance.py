@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +61,10 @@ class Guidance:
         rule: how far to go along the gradient; None where only `inner` steps or `particles` are wanted.
         through: where the gradient is taken: at `x_t` through the "denoiser", or at "x0" only (no graph of the
             denoiser).
-        through_share: go through the denoiser at this share of the steps only, evenly spread; at the steps between, the
-            gradient is taken at x0 and the edit is "mean". A step through the denoiser costs about two of the others.
+        through_share: go through the denoiser at this share of the solver's steps only, evenly spread over those where
+            the loss acts; at the steps between, the gradient is taken at x0. A step through the denoiser costs two of
+            the others.
+        edit_between: where the step lands at those steps, "shift" or "mean".
         edit: where the step lands: "shift" moves `x_{t-1}` after the solver's step; "score" adds it to the noise
             prediction and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts
             `x_{t-1}` by `a_{t-1}` times the step. Solvers that do not keep a shift (Heun, UniPC) get the score that a
@@ -98,6 +99,7 @@ class Guidance:
     through: str = "denoiser"
     through_share: float = 1.0
     edit: str = "shift"
+    edit_between: str = "shift"
     toward: Proximal | Inner | None = None
     inner: Inner | None = None
     project: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -123,6 +125,8 @@ class Guidance:
             raise ValueError(f"through is one of {', '.join(THROUGH)}, got {self.through!r}")
         if self.edit not in EDITS:
             raise ValueError(f"edit is one of {', '.join(EDITS)}, got {self.edit!r}")
+        if self.edit_between not in ("shift", "mean"):
+            raise ValueError(f"edit_between is one of shift, mean, got {self.edit_between!r}")
         if self.edit == "anchor" and (
             self.rule is None or self.through != "x0" or self.inner or self.project or self.toward
         ):
@@ -175,19 +179,10 @@ class Guidance:
         steps = self.rule is not None and not isinstance(self.toward, Proximal)
         return self.active and (steps or self.inner is not None)
 
-    def goes_through(self, step: int) -> bool:
-        """Whether this solver step, where the loss acts, needs the graph of the denoiser."""
-        wanted = self.active and self.rule is not None and self.through == "denoiser"
-        return wanted and not self._between(step)
-
-    def edit_at(self, step: int) -> str:
-        """Where the rule's step lands at this solver step."""
-        between = self.through == "denoiser" and self.edit == "shift" and self._between(step)
-        return "mean" if between else self.edit
-
-    def _between(self, step: int) -> bool:
-        acting = step // self.every
-        return math.ceil((acting + 1) * self.through_share) == math.ceil(acting * self.through_share)
+    @property
+    def goes_through(self) -> bool:
+        """Whether steps, or a share of them, need the graph of the denoiser."""
+        return self.active and self.rule is not None and self.through == "denoiser"
 
     @property
     def candidates(self) -> int:

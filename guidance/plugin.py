@@ -17,6 +17,7 @@ from ..samplers.record import Record
 from .adapters import Adapter, Call, adapter_of, autoencoder_of
 from .guidance import Guidance
 from .modular import is_modular, undecorated
+from .panels import panels_of
 from .preview import Preview
 from .proximal import Proximal
 from .steering import Steering
@@ -40,12 +41,15 @@ class Guided:
         vae: torch.nn.Module | None,
         checkpointing: bool,
         preview: Preview | None,
+        panel: int | str | None = None,
     ):
         self.pipe = pipe
         self.guidance = guidance
         self.record: Record | None = None
         self._adapter, self._decode, self._vae = adapter, decode, vae
         self._checkpointing, self._preview = checkpointing, preview
+        guided = pipe if adapter.part is None else getattr(pipe, adapter.part)
+        self._panel, self._panels = panel, panels_of(guided, panel)
 
     def __repr__(self) -> str:
         return f"Guided({type(self.pipe).__name__}, {self.guidance.name}: {self.guidance.loss!r})"
@@ -59,11 +63,15 @@ class Guided:
         with torch.inference_mode(False), ExitStack() as stack:
             args, kwargs = _outside_inference_mode((args, kwargs))
             given = _given(own, pipe, args, kwargs)
+            if self._panels is not None:
+                self._panels.check(given)
             steering = Steering(pipe, self.guidance, self._adapter, None, _seeds(given), self._preview)
             steering.arguments.update(given)
             full = _Full(self._vae if self._vae is not None else autoencoder_of(pipe))
             stack.callback(full.back)
             steering.decode, steering.after_last = self._decoder(steering.arguments, full), full.back
+            if self._panels is not None:
+                steering.movable = lambda x: self._panels.movable(x, steering.arguments)
             kwargs = _with_callbacks(kwargs)
             modules = [m for m in getattr(pipe, "components", {}).values() if isinstance(m, torch.nn.Module)]
             modules += [self._vae] if self._vae is not None else []
@@ -107,8 +115,10 @@ class Guided:
         def decode(latents: torch.Tensor) -> torch.Tensor:
             full.precision()
             if not self._checkpointing or not torch.is_grad_enabled() or len(latents) == 1:
-                return plain(latents)  # the autoencoder's own checkpointing is on, too
-            return torch.cat([checkpoint(plain, one, use_reentrant=False) for one in latents.split(1)])
+                image = plain(latents)  # the autoencoder's own checkpointing is on, too
+            else:
+                image = torch.cat([checkpoint(plain, one, use_reentrant=False) for one in latents.split(1)])
+            return image if self._panels is None else self._panels.seen(image, arguments)
 
         return decode
 
@@ -116,7 +126,7 @@ class Guided:
         """A pipeline made of others: the part that the adapter names is guided while the whole is called."""
         name = self._adapter.part
         found = getattr(self.pipe, name)
-        settings = (self._decode, self._vae, self._checkpointing, self._preview)
+        settings = (self._decode, self._vae, self._checkpointing, self._preview, self._panel)
         part = Guided(found, self.guidance, _adapter(found, self._decode), *settings)
         try:
             vars(self.pipe)[name] = part
@@ -136,6 +146,7 @@ def guide(
     checkpointing: bool = False,
     preview: str | os.PathLike | Callable | None = None,
     preview_every: int = 5,
+    panel: int | str | None = None,
 ) -> Guided:
     """Plug a guidance into a diffusers pipeline: `guide(pipe, recipes.auto(loss))(num_inference_steps=50).images`.
 
@@ -155,10 +166,15 @@ def guide(
             them for the gradient: less memory, about half more time.
         preview: a file that shows x0 on the way, or a callable; see `lossguide.guidance.preview.Preview`.
         preview_every: visited steps from one preview to the next.
+        panel: where part of a picture is given, what the losses see of it: "target", what is to be painted
+            (VisualCloze: the empty panels of the last row, side by side; inpainting: the smallest box around the mask);
+            "picture", all of it (VisualCloze: the last row); or an index of a panel in VisualCloze's last row. By
+            default VisualCloze's target, and an inpainted picture as a whole. Whatever they see, only what is to be
+            painted moves, and what is given gets no gradient.
 
     Raises:
         TypeError: the pipeline cannot be guided, or `guidance` is not a `Guidance`.
-        ValueError: `decode` names a view that the pipeline does not have.
+        ValueError: the pipeline does not have the view that `decode` names, or that `panel`.
     """
     if not isinstance(guidance, Guidance):
         raise TypeError(
@@ -176,7 +192,7 @@ def guide(
     if not callable(decode) and adapter.part is None:
         adapter.decoder(decode)  # a view that is not there is told here
     shown = None if preview is None else Preview(preview, preview_every)
-    return Guided(pipe, guidance, adapter, decode, vae, checkpointing, shown)
+    return Guided(pipe, guidance, adapter, decode, vae, checkpointing, shown, panel)
 
 
 class _Full:

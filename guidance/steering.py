@@ -54,6 +54,7 @@ class Steering:
         self.decode, self.seeds, self.preview = decode, seeds, preview
         self.arguments: dict[str, Any] = {}
         self.after_last: Callable[[], None] = lambda: None  # called when the last step has been guided
+        self.movable: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None  # see `Run`
         self.run: Run | None = None
         self.visits: list = []
         self.position: int | None = None
@@ -78,7 +79,7 @@ class Steering:
                     own = getattr(self, name, None) or functools.partial(self._looked_up, name)
                     setattr(self.scheduler, name, functools.wraps(self._of[name])(functools.partial(own)))
             own = {"get_timesteps": self.get_timesteps, "progress_bar": self.progress_bar}
-            own |= dict.fromkeys(_PREPARING, self.prepare_latents)
+            own |= dict.fromkeys(_PREPARING, self.prepare_latents) | {"prepare_mask_latents": self.prepare_mask}
             for name, stand_in in own.items():
                 if hasattr(self.pipe, name):
                     stack.enter_context(instead(self.pipe, name, stand_in))
@@ -105,7 +106,7 @@ class Steering:
                 "and cannot be guided; choose another scheduler of pipe.scheduler.compatibles"
             )
         self.run = self.guidance.begin(solver, self.decode, self.seeds)
-        self.run.preview = self.preview
+        self.run.preview, self.run.movable = self.preview, self.movable
         if earlier is not None:  # pipelines that sample several times, such as long videos piece by piece
             self.run.go_on_from(earlier)
         self.position = None
@@ -136,6 +137,13 @@ class Steering:
         if isinstance(made, tuple):
             return (self._leaf(made[0]), *made[1:])
         return self._leaf(made)
+
+    def prepare_mask(self, own: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Where an inpainting pipeline says what is to be painted, in pixels and in latents."""
+        made = own(*args, **kwargs)
+        pixels = next(iter(inspect.signature(own).bind(*args, **kwargs).arguments.values()))
+        self.arguments.update(mask_pixels=pixels, mask_latents=made[0] if isinstance(made, tuple) else made)
+        return made
 
     def first_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents as the loop of a modular pipeline begins: a leaf, and gradients switched on where needed."""

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from ..losses.network import moved
+from ..samplers.capture import Captures
+from ..samplers.denoiser import as_picture
 from ..samplers.levels import Level
-from ..samplers.random import generators, randn
+from ..samplers.random import generators, placed, randn
 from ..samplers.record import Record
 from ..samplers.solver import Solver, reordered
 from ..samplers.time_travel import Visit, visits
@@ -30,6 +33,12 @@ class Run:
         solver: a solver whose timesteps are set.
         decode: sample -> picture for the losses.
         seeds: one integer per sample, or a function from the batch size to them.
+
+    Attributes:
+        movable: from the first sample to which of its elements may move, as booleans that broadcast against it; None
+            for all. The others take the solver's own steps, and neither gradient nor step of the guidance.
+        captures: where the guide's passes and the decoder's are recorded, to be replayed at later visits; None where
+            they are not.
     """
 
     def __init__(self, guidance: Guidance, solver: Solver, decode: Callable[[torch.Tensor], torch.Tensor], seeds):
@@ -46,9 +55,13 @@ class Run:
                 f"the loss acts at none of the {len(solver)} steps, the last ones at progress {reached}: "
                 "its window, or the guidance's, holds none of them"
             )
+        self._graph_steps = self._steps_through()
         self.record = Record()
         self.record.settings = guidance.to_dict()
         self.preview: Preview | None = None
+        self.captures: Captures | None = None
+        self.movable: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None
+        self._region: torch.Tensor | None = None
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)
         self._sources: list[torch.Generator] | None = None
         self._begun = False
@@ -64,7 +77,16 @@ class Run:
 
     def needs_graph(self, visit: Visit) -> bool:
         """Whether this visit needs the denoiser's graph from sample to prediction."""
-        return self.guidance.goes_through(visit.step) and bool(self._terms(visit.step))
+        return visit.step in self._graph_steps
+
+    def _steps_through(self) -> set[int]:
+        """The steps that go through the denoiser: a share of all, spread evenly over those where the loss acts."""
+        acting = [step for step in range(len(self.solver)) if self._terms(step)]
+        if not self.guidance.goes_through or not acting:
+            return set()
+        wanted = max(1, int(self.guidance.through_share * len(self.solver) + 1e-9))
+        wanted = min(wanted, len(acting))
+        return {acting[i * len(acting) // wanted] for i in range(wanted)}
 
     def _terms(self, step: int) -> list:
         progress = self._progress[step]
@@ -133,7 +155,7 @@ class Run:
                 x_next = after.renoise(x_next, level, noise)
                 solver.return_to(before)
         if x.is_cuda:
-            row["peak_memory"] = torch.cuda.max_memory_allocated(x.device)
+            row["peak_memory"] = torch.cuda.memory_stats_as_nested_dict(x.device)["allocated_bytes"]["all"]["peak"]
         self.record.add(**row, seconds=time.perf_counter() - started)
         return x_next
 
@@ -155,6 +177,7 @@ class Run:
     def _begin(self, x: torch.Tensor) -> None:
         guidance = self.guidance
         self._begun = True
+        self._region = self.movable(x) if guidance.active else None
         if self._sources is None or len(self._sources) != len(x):
             self._sources = generators(self._seeds(len(x)), "guidance")
         self._state = None if guidance.rule is None else guidance.rule.init(x)
@@ -179,7 +202,7 @@ class Run:
         guidance, solver, kind = self.guidance, self.solver, self.solver.kind
         level = solver.levels[step]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        through = guidance.goes_through(step)
+        through = step in self._graph_steps
         if through and not prediction.requires_grad:
             raise _no_gradient()
         predicted, sample = prediction.detach().to(dtype), x.detach().to(dtype)
@@ -217,10 +240,12 @@ class Run:
             goal, self._toward_state, sound = self._descent(guidance.toward, self._toward_state, signal, terms, blur)
             goal, fine = -goal, fine & sound
         elif guidance.toward is not None:
-            goal = -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
+            goal = self._within(
+                -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
+            )
         g = goal
         if through:
-            g = self._through(prediction, (x, source), level, goal) * level.stretch.to(dtype)
+            g = self._within(self._through(prediction, (x, source), level, goal) * level.stretch.to(dtype))
         if g is not None:
             fine = fine & torch.isfinite(g).flatten(1).all(1)
             g = torch.where(per_sample(fine, g, torch.bool), g, 0)
@@ -242,7 +267,8 @@ class Run:
 
     def _through(self, prediction, samples: tuple, level: Level, goal: torch.Tensor) -> torch.Tensor:
         """The product of `goal` with the Jacobian of x0 in the sample: directly, and through the denoiser."""
-        of_prediction, directly = (weight.to(goal) * goal for weight in level.weights(self.solver.kind))
+        weights = (one.to(goal) if one.dim() else one for one in level.weights(self.solver.kind))  # numbers stay put
+        of_prediction, directly = (one * goal for one in weights)
         found = pulled_back(prediction, [x for x in samples if x is not None and x.requires_grad], of_prediction)
         if found is None or found.shape != goal.shape:
             raise _no_gradient()
@@ -260,7 +286,7 @@ class Run:
         gradient = guidance.needs_gradient
         with torch.set_grad_enabled(gradient):
             leaf = x0.detach().requires_grad_(gradient)
-            image = self.decode(leaf)
+            image = self._decoding(leaf)
         if gradient and not image.requires_grad:
             raise _no_decoder()
         seen = image.detach()
@@ -268,17 +294,43 @@ class Run:
         draws = None
         augment = guidance.augment
         if gradient and augment is not None and augment.suits(seen) and any(term.augment for term in terms):
-            draws = augment.draw(self._sources)
+            draws = placed(augment.draw(self._sources), seen)
         augment = None if draws is None else augment
         if guidance.balance and gradient and len(terms) > 1:
-            g, loss, values, self._factors = balanced_gradient(seen, terms, augment, draws, self._factors)
+            given = (seen, terms, augment, draws, self._factors, self._loss_gradient)
+            g, loss, values, self._factors = balanced_gradient(*given)
         else:
-            g, loss, values = loss_gradient(seen, terms, augment, draws, gradient=gradient)
+            g, loss, values = self._loss_gradient(seen, terms, augment, draws, gradient)
         if g is not None:
             g = pulled_back(image, leaf, g)
             if g is None:
                 raise _no_decoder()
-        return g, loss, values
+        return self._within(g), loss, values
+
+    @property
+    def _decoding(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The decoder that the gradient passes, captured where it is one."""
+        if self.captures is None or self.decode is as_picture:
+            return self.decode
+        return self.captures("the decoder", self.decode)
+
+    def _loss_gradient(self, image: torch.Tensor, terms: list, augment, draws, gradient: bool = True):
+        """`loss_gradient`, captured where that is wanted; a term's schedule changes its weight from visit to visit."""
+        if self.captures is None or any(term.schedule for term in self.guidance.loss.terms()):
+            return loss_gradient(image, terms, augment, draws, gradient=gradient)
+        names = [term.name for term in terms]
+
+        def evaluate(image: torch.Tensor, draws: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+            g, loss, values = loss_gradient(image, terms, augment, draws, gradient=gradient)
+            return (loss, *(values[name] for name in names), *([] if g is None else [g]))
+
+        captured = self.captures(f"the gradient of {' + '.join(names)}", evaluate)
+        loss, *found = captured(image, *([] if draws is None else [draws]))
+        return found[len(names)] if gradient else None, loss, dict(zip(names, found))
+
+    def _within(self, value: torch.Tensor | None) -> torch.Tensor | None:
+        """A gradient or a step, exactly zero where the sample may not move."""
+        return value if value is None or self._region is None else torch.where(self._region, value, 0)
 
     def _descent(self, inner: Inner, state: Any, signal: Signal, terms: list, blur: torch.Tensor | None):
         """How far inner steps move x0, from the signal's x0 and gradient there; the rule's state after them; and for
@@ -293,8 +345,8 @@ class Run:
             sound = sound & fine
             g = torch.where(per_sample(fine, place, torch.bool), signal.gradient, 0)
             with torch.no_grad():
-                move, state = inner.rule.update(replace(signal, gradient=g), state)
-                place = place - torch.where(norm(g) > 0, move, 0)
+                move, state = inner.rule.update(replace(signal, gradient=g).within(self._region), state)
+                place = place - self._within(torch.where(norm(g) > 0, move, 0))
         fine = sound
         if inner.blend:
             level = signal.level
@@ -313,7 +365,8 @@ class Run:
     def _move(self, signal: Signal, fine: torch.Tensor, row: dict) -> torch.Tensor:
         """The rule's step to subtract, `(B, ...)`; zero for a sample whose gradient is zero or not finite."""
         guidance = self.guidance
-        move, self._state = guidance.rule.update(signal, self._state)
+        move, self._state = guidance.rule.update(signal.within(self._region), self._state)
+        move = self._within(move)
         if not guidance.rule.scales_itself:
             move = guidance.strength * move
         fine = fine & torch.isfinite(move).flatten(1).all(1)
@@ -335,7 +388,8 @@ class Run:
         """The solver's step, with the rule's step and the displacement of x0 worked in."""
         guidance, solver, signal = self.guidance, self.solver, seen.signal
         displacement, shift, score = seen.displacement, None, None
-        edit = guidance.edit_at(row["step"])
+        between = guidance.goes_through and row["step"] not in self._graph_steps
+        edit = guidance.edit_between if between and guidance.edit == "shift" else guidance.edit
         wide = after.stretch.to(signal.x0.dtype)
         late = guidance.rule is not None and edit == "shift" and solver.keeps_shifts
         twisted = self._population is not None and guidance.particles.twisted
@@ -355,7 +409,7 @@ class Run:
             moved = (displacement != 0).flatten(1).any(1)
             projected = guidance.project(signal.x0 + displacement) - signal.x0
             moved = moved & torch.isfinite(projected).flatten(1).all(1)
-            displacement = torch.where(per_sample(moved, projected, torch.bool), projected, 0)
+            displacement = self._within(torch.where(per_sample(moved, projected, torch.bool), projected, 0))
         if displacement is not None and guidance.inner is not None and guidance.inner.keep == "sample":
             score = _sum(score, -level.alpha / level.sigma.clamp_min(1e-20) * displacement)
         elif displacement is not None:
@@ -363,7 +417,8 @@ class Run:
         if shift is not None and not solver.keeps_shifts:
             score, shift = _sum(score, _score_for_shift(shift, level, after)), None
         if score is not None:
-            prediction = _scored(x, prediction, score, level, solver.kind)
+            scored = _scored(x, prediction, score, level, solver.kind)
+            prediction = scored if self._region is None else torch.where(self._region, scored, prediction)
         x_next = solve(prediction, x)
         if late:
             landed = x_next.to(signal.x0.dtype) / wide
@@ -381,11 +436,12 @@ class Run:
     def _anchored(self, x, prediction, seen: _Seen, after: Level, row: dict, solve) -> torch.Tensor:
         """The anchor takes the rule's step, and fresh noise makes of it a sample of the next level."""
         self._anchor = self._anchor - self._move(seen.signal, seen.fine, row)
-        x_next = solve(prediction, x)  # only so that the solver counts its steps
-        if row["step"] == len(self.solver) - 1:
-            return self._anchor.to(x_next.dtype)
-        noise = randn(tuple(x.shape[1:]), self._sources, like=self._anchor)
-        return after.mix(self._anchor, noise).to(x_next.dtype)
+        x_next = solve(prediction, x)  # so that the solver counts its steps, and for what may not move
+        landed = self._anchor
+        if row["step"] < len(self.solver) - 1:
+            landed = after.mix(landed, randn(tuple(x.shape[1:]), self._sources, like=landed))
+        landed = landed.to(x_next.dtype)
+        return landed if self._region is None else torch.where(self._region, landed, x_next)
 
     def _remixing(self, solve: Callable, level: Level, after: Level) -> Callable:
         """The solver's step, with a share of the predicted noise in it replaced by fresh noise, its variance kept; a
@@ -409,7 +465,7 @@ class Run:
             part = torch.as_tensor(part, dtype=torch.float64)
             fresh = randn(tuple(x.shape[1:]), self._sources, like=fine)
             change = ((1 - part).clamp_min(0).sqrt() - 1) * noise + part.sqrt() * fresh
-            return (x_next + after.sigma * change).to(x_next.dtype)
+            return (x_next + after.sigma * self._within(change)).to(x_next.dtype)
 
         return remixing
 
@@ -519,6 +575,9 @@ def _floor(terms: list, loss: torch.Tensor, factors: list[torch.Tensor] | None) 
     floors = [getattr(term.loss, "floor", None) for term in terms]
     if any(floor is None for floor in floors):
         return None
-    floors = [torch.as_tensor(floor).to(loss).reshape(-1) for floor in floors]
+    floors = [
+        moved(floor, loss).reshape(-1) if isinstance(floor, torch.Tensor) else loss.new_full((1,), floor)
+        for floor in floors
+    ]
     floors = [term.weight * floor.repeat(len(loss) // len(floor)) for term, floor in zip(terms, floors)]
     return sum(floors if factors is None else (factor * floor for factor, floor in zip(factors, floors)))

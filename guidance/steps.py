@@ -33,6 +33,7 @@ class Signal:
         landed: where the solver's own step lands, or None where the rule has to be asked before it.
         drawn: the noise that was put on the anchor (edit "anchor"), else None.
         random: whether the solver draws noise, where that is known.
+        count: how many elements of each sample may move, `(B, 1, ...)`; None for all. The others are zero everywhere.
     """
 
     gradient: torch.Tensor
@@ -49,6 +50,22 @@ class Signal:
     landed: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
     random: bool | None = None
+    count: torch.Tensor | None = None
+
+    @property
+    def root(self) -> float | torch.Tensor:
+        """`sqrt(n)`, n the number of elements that may move: the length of white noise."""
+        return self.gradient[0].numel() ** 0.5 if self.count is None else self.count.sqrt()
+
+    def within(self, movable: torch.Tensor | None) -> Signal:
+        """The same for a sample of which only `movable` elements are there, so that lengths are theirs."""
+        if movable is None:
+            return self
+        fields = ("gradient", "noise", "x0", "at_x0", "landed", "drawn")
+        found = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        count = movable.expand_as(self.gradient).flatten(1).sum(1).to(self.gradient.dtype)
+        kept = {name: torch.where(movable, value, 0) for name, value in found.items()}
+        return replace(self, count=count.view(-1, *[1] * (self.gradient.dim() - 1)), **kept)
 
 
 class UnsuitableSolver(ValueError):
@@ -139,7 +156,7 @@ class Unit(StepRule):
     size: float = 0.01
 
     def update(self, signal, state):
-        return self.size * signal.gradient[0].numel() ** 0.5 * unit(signal.gradient), state
+        return self.size * signal.root * unit(signal.gradient), state
 
 
 @dataclass(frozen=True)
@@ -172,7 +189,7 @@ class PolyakToFloor(StepRule):
         length = norm(signal.gradient)
         length = _over(per_sample(gap.clamp_min(0), length), length)
         if self.cap is not None:
-            length = length.clamp_max(self.cap * signal.gradient[0].numel() ** 0.5)
+            length = length.clamp_max(self.cap * signal.root)
         return length * unit(signal.gradient), state
 
 
@@ -211,7 +228,7 @@ class NoiseScaled(StepRule):
     fading: bool = False
 
     def update(self, signal, state):
-        radius = self.k * signal.gradient[0].numel() ** 0.5 * signal.level.step_std(signal.next_level)
+        radius = self.k * signal.root * signal.level.step_std(signal.next_level)
         if self.fading:
             levels = signal.levels
             if state is None:  # counted once; Heun's half-steps, which stay at a level, are none
@@ -322,16 +339,17 @@ class Spherical(StepRule):
             raise UnsuitableSolver(none)
         if not bool((step_std > 0).any()):
             return torch.zeros_like(signal.gradient), state
-        radius = signal.gradient[0].numel() ** 0.5 * step_std
+        radius = signal.root * step_std
         mean = signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
         drawn = signal.landed - mean
         along = (unit(drawn) * unit(signal.noise)).flatten(1).sum(1)
-        if bool((norm(drawn) < 0.5 * radius).all() | (along > 0.9).all()):
+        # asked once, as the host waits for the answer
+        if state is None and bool((norm(drawn) < 0.5 * radius).all() | (along > 0.9).all()):
             raise UnsuitableSolver(none)
         wanted = -radius * unit(signal.gradient)
         return signal.landed - (
             mean + radius * unit(drawn + min(1.0, self.k * signal.strength) * (wanted - drawn))
-        ), state
+        ), True
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .images import read_image
 from .landmarks import Landmarks
 from .loss import Composable, Loss, Losses, Term, as_losses
 from .measurement import Measurement, measure
+from .pairs import PairTask
 from .perceptual import Perceptual
 from .regular import Symmetry, TotalVariation
 from .saliency import Saliency
@@ -45,6 +46,7 @@ __all__ = [
     "Loss",
     "Losses",
     "Measurement",
+    "PairTask",
     "Perceptual",
     "Report",
     "Saliency",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .loss import Loss
-from .network import FrozenNetwork, describe_network, logits_of, per_image
+from .network import FrozenNetwork, describe_network, logits_of, moved, per_image
 
 
 class ClassLabel(Loss):
@@ -76,5 +76,5 @@ class ClassLabel(Loss):
             raise ValueError(f"a classifier returns logits ({len(image)}, K), got {tuple(logits.shape)}")
         if self.labels.max() >= logits.shape[1]:
             raise ValueError(f"label {self.labels.max()} is not one of the classifier's {logits.shape[1]} classes")
-        labels = per_image(self.labels, len(image), "labels").to(image.device)
+        labels = per_image(moved(self.labels, image, torch.long), len(image), "labels")
         return F.cross_entropy(logits, labels, reduction="none")

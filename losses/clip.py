@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from .images import Picture, digest, keep, read_image, read_images
 from .loss import Loss
-from .network import FrozenNetwork, per_image
+from .network import FrozenNetwork, constant, moved, per_image
 
 DEFAULT_MODEL, DEFAULT_PRETRAINED = "ViT-B-32", "openai"
 _WITH_WEIGHTS = ("local-dir:", "hf-hub:")  # where open_clip finds the weights by itself
@@ -183,8 +183,8 @@ class _ClipDistance(_ClipLoss):
         self.weights = [1.0]
 
     def _judge(self, embedding: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        target = per_image(target, len(embedding), "targets").to(embedding)
-        return (self._distance(embedding[:, None], target) * embedding.new_tensor(self.weights)).sum(1)
+        target = per_image(moved(target, embedding), len(embedding), "targets")
+        return (self._distance(embedding[:, None], target) * constant(self.weights, embedding)).sum(1)
 
 
 class ClipText(_ClipDistance):
@@ -348,7 +348,7 @@ class ClipDirection(_ClipLoss):
 
     def _judge(self, embedding: torch.Tensor, target: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        start, direction = (one.to(embedding) for one in target)
+        start, direction = (moved(one, embedding) for one in target)
         change = embedding - per_image(start, len(embedding), "pictures")
         length = (change.square().sum(-1) + self.shortest**2).sqrt()
         return 1 - (change @ direction) / length

@@ -12,7 +12,7 @@ from PIL import Image, ImageColor
 
 from .images import Picture, Pixels, digest, keep, read_image
 from .loss import Loss
-from .network import distance
+from .network import constant, distance, moved
 
 ColorLike: TypeAlias = str | Sequence[float] | torch.Tensor
 
@@ -28,7 +28,7 @@ def rgb_to_lab(rgb: torch.Tensor) -> torch.Tensor:
     everywhere and never vanish (kornia's and scikit-image's give NaN gradients below 0, or clamp).
     """
     linear = torch.where(rgb > 0.04045, ((rgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    matrix = rgb.new_tensor(_XYZ) / rgb.new_tensor(_WHITE)[:, None]
+    matrix = constant(sum(_XYZ, ()), rgb).view(3, 3) / constant(_WHITE, rgb)[:, None]
     xyz = linear @ matrix.T
     knee = 6 / 29
     f = torch.where(xyz > knee**3, xyz.clamp(min=knee**3) ** (1 / 3), xyz / (3 * knee**2) + 4 / 29)
@@ -94,9 +94,9 @@ class Color(Loss):
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         lab = rgb_to_lab(image.flatten(2).transpose(1, 2))  # (B, pixels, 3)
         if self.single:
-            return distance(lab.mean(1) - self.target.to(lab)) / 100
+            return distance(lab.mean(1) - moved(self.target, lab)) / 100
         pixels = lab.shape[1]
-        along = (lab @ self.directions.to(lab).T).sort(dim=1, stable=True).values  # (B, pixels, 24)
+        along = (lab @ moved(self.directions, lab).T).sort(dim=1, stable=True).values  # (B, pixels, 24)
         moves = along - self._quantiles(along)
         return distance(moves) * (3 / (pixels * len(self.directions))) ** 0.5 / 100
 
@@ -109,8 +109,7 @@ class Color(Loss):
             at = (torch.arange(pixels, dtype=torch.float64) + 0.5) / pixels
             index = torch.searchsorted(steps, at.expand(len(steps), -1).contiguous()).clamp(max=len(goal) - 1)
             self._kept = goal.gather(0, index.T)
-        self._kept = self._kept.to(along.device)
-        return self._kept.to(along.dtype)
+        return moved(self._kept, along)
 
 
 def _is_color(target: object) -> bool:

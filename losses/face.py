@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .areas import check_box
 from .images import Picture, digest, keep, read_image
 from .loss import Loss
-from .network import FrozenNetwork, describe_network, logits_of
+from .network import FrozenNetwork, describe_network, logits_of, moved
 
 _FACENET = ("vggface2", "casia-webface")
 
@@ -84,7 +84,7 @@ class FaceIdentity(Loss):
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         embedding = self._embedding(image, self.crop)
-        return 1 - F.cosine_similarity(embedding, self.target.to(embedding), dim=1)
+        return 1 - F.cosine_similarity(embedding, moved(self.target, embedding), dim=1)
 
 
 def _pixels(start: float, stop: float, side: int) -> slice:

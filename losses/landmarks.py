@@ -9,7 +9,7 @@ import torch
 
 from .images import digest
 from .loss import Loss
-from .network import FrozenNetwork, describe_network, logits_of, per_image
+from .network import FrozenNetwork, describe_network, logits_of, moved, per_image
 
 
 class Landmarks(Loss):
@@ -72,7 +72,8 @@ class Landmarks(Loss):
         if found.shape != wanted:
             raise ValueError(f"a landmark network returns points {wanted}, got {tuple(found.shape)}")
         found = found.to(torch.promote_types(found.dtype, torch.float32))
-        points, visible = (per_image(part, len(image), "sets of points") for part in (self.points, self.visible))
-        away = torch.linalg.vector_norm(found - points.to(found), dim=-1)
-        visible = visible.to(found)
+        points, visible = (
+            per_image(moved(part, found), len(image), "sets of points") for part in (self.points, self.visible)
+        )
+        away = torch.linalg.vector_norm(found - points, dim=-1)
         return (away * visible).sum(1) / visible.sum(1)

@@ -9,7 +9,7 @@ import torch
 
 from .images import digest
 from .loss import Loss
-from .network import describe_network, distance, per_image
+from .network import describe_network, distance, moved, per_image
 from .operators import Operator
 
 
@@ -58,7 +58,7 @@ class Measurement(Loss):
     def residual(self, image: torch.Tensor) -> torch.Tensor:
         """`y - A(image)`, of the shape of y; zero where nothing is observed."""
         measured = self.operator(image)
-        y = self.y.to(measured)  # a spectrum is wider than half-precision images
+        y = moved(self.y, measured)  # a spectrum is wider than half-precision images
         if measured.shape[1:] != y.shape[1:] or len(measured) != len(image):
             raise ValueError(
                 f"the operator makes {tuple(measured.shape)} of images {tuple(image.shape)}, but y is {tuple(y.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,9 +77,9 @@ class FrozenNetwork:
         """Images `(B, 3, H, W)` in [0, 1] as the network wants them."""
         image = resize(image, self.size)
         if self.mean is not None:
-            image = image - image.new_tensor(self.mean).view(-1, 1, 1)
+            image = image - constant(self.mean, image).view(-1, 1, 1)
         if self.std is not None:
-            image = image / image.new_tensor(self.std).view(-1, 1, 1)
+            image = image / constant(self.std, image).view(-1, 1, 1)
         return image
 
     def __call__(self, image: torch.Tensor) -> Any:
@@ -148,6 +149,35 @@ def per_image(targets: torch.Tensor, images: int, what: str) -> torch.Tensor:
     if images % len(targets):
         raise ValueError(f"{len(targets)} {what} for {images} images; give one, or one per image")
     return targets.repeat(images // len(targets), *(1 for _ in targets.shape[1:]))
+
+
+def moved(tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor that stays the same, on the device of `like` and in its dtype unless another is given.
+
+    It is copied to another device once and kept there, beside it, until it changes: a copy at each call would make the
+    host wait for the device.
+    """
+    dtype = dtype or like.dtype
+    if tensor.device == like.device or tensor.is_inference():
+        return tensor.to(like.device, dtype)
+    copies = tensor.__dict__.setdefault("_copies", {})
+    version, copied = copies.get((like.device, dtype), (None, None))
+    if version != tensor._version:
+        with torch.inference_mode(False), torch.no_grad():
+            copied = tensor.to(like.device, dtype)
+        copies[like.device, dtype] = tensor._version, copied
+    return copied
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...]) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64)
+
+
+def constant(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """Numbers as a tensor of the device and dtype of `like`, as `moved` keeps it there."""
+    return moved(_numbers(tuple(values)), like)
 
 
 def distance(difference: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .images import Picture, digest, keep, read_image
 from .loss import Loss
-from .network import FrozenNetwork, describe_network, logits_of
+from .network import FrozenNetwork, describe_network, logits_of, moved
 
 _GREY = (0.299, 0.587, 0.114)
 
@@ -81,7 +81,7 @@ class Sketch(Loss):
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         if self.extracted == "dark":
             found = 1 - found
-        lines = self.lines.to(found)
+        lines = moved(self.lines, found)
         if lines.shape != found.shape[1:]:
             lines = F.interpolate(lines[None, None], found.shape[1:], mode="bilinear", antialias=True)[0, 0]
         found, lines = self._blurred(found).flatten(1), self._blurred(lines[None]).flatten(1)

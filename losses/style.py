@@ -12,7 +12,7 @@ from torch import nn
 from .clip import DEFAULT_MODEL, DEFAULT_PRETRAINED, load_clip
 from .images import Picture, digest, keep, read_image
 from .loss import Loss
-from .network import IMAGENET_MEAN, IMAGENET_STD, FrozenNetwork, describe_network, read_weights
+from .network import IMAGENET_MEAN, IMAGENET_STD, FrozenNetwork, describe_network, moved, read_weights
 
 VGG16_LAYERS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3 of torchvision's vgg16().features
 
@@ -94,7 +94,7 @@ class Style(Loss):
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         pairs = zip(self._grams(image), self.targets, strict=True)
-        return sum((got - wanted.to(got)).square().mean((1, 2)) for got, wanted in pairs)
+        return sum((got - moved(wanted, got)).square().mean((1, 2)) for got, wanted in pairs)
 
 
 def gram(features: torch.Tensor) -> torch.Tensor:

@@ -83,8 +83,10 @@ class Level:
             return (x + a * prediction) / (a + s)
         if kind == "reverse-flow":
             return (x - a * prediction) / (a + s)
-        x0 = self.x0(prediction, x, kind)
-        return torch.where(_like(s, x) > 0, (x - a * x0) / s.clamp_min(torch.finfo(x.dtype).tiny), 0.0)
+        noise = (x - a * self.x0(prediction, x, kind)) / s.clamp_min(torch.finfo(x.dtype).tiny)
+        if not s.dim():  # known on the host
+            return noise if s > 0 else torch.zeros_like(noise)
+        return torch.where(s.to(x.device) > 0, noise, 0.0)
 
     def prediction(self, x0: torch.Tensor, noise: torch.Tensor, kind: str) -> torch.Tensor:
         """The prediction of `kind` that means this clean sample and noise: the inverse of `x0` and `noise`."""
@@ -154,10 +156,6 @@ class Level:
         """
         s = self.sigma.clamp_min(1e-20)
         return to.sigma * (1 - (self.alpha / to.alpha * to.sigma / s) ** 2).clamp_min(0).sqrt()
-
-
-def _like(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return value.to(x.device) if value.dim() else value
 
 
 def scheduler_levels(scheduler) -> list[Level]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from .capture import Captures, Latest
 from .denoiser import Denoiser, as_picture
 from .random import generators, particle_seeds, randn
 from .record import Record
@@ -52,6 +53,7 @@ def sample(
     eta: float = 1.0,
     batch_size: int | None = None,
     progress: bool = False,
+    graphs: bool = False,
 ) -> Result:
     """Draw one picture per seed, steered by `guidance` (what a recipe returns), or plainly without.
 
@@ -67,6 +69,15 @@ def sample(
             best at 1: the noise of later steps washes away what a guiding network was fooled by.
         batch_size: pictures per batch; all at once when None.
         progress: show a progress bar, with the loss on it.
+        graphs: for CUDA devices: record the passes of the denoiser, the decoder and the guide as CUDA graphs at their
+            first call, and replay them at all others. Small models and batches run several times faster; recording
+            takes some calls, and memory of its own. The model must be a function of its sample and timestep alone. On
+            other devices the same buffers are used, without a recording.
+
+    On a CUDA device the host waits for no step, with or without graphs, and gives the device its work ahead. It has to
+    wait for guidances whose course depends on what they find (particles, the conjugate gradients of `pigdm`, `ddnm` and
+    `diffpir`, `raise_on_nonfinite`), once per run to see whether the solver draws noise, and in diffusers' own steps of
+    DDPM, ancestral and SDE solvers and UniPC.
 
     Returns:
         `Result` with images, samples, record and seeds.
@@ -84,8 +95,9 @@ def sample(
         raise ValueError(f"steps must be at least 1, got {steps}")
     size = len(seeds) if batch_size is None else batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+    captures = Captures() if graphs else None
     with denoiser.frozen(), tqdm(total=0, disable=not progress, unit="step") as bar:
-        done = [_sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar) for batch in batches]
+        done = [_sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar, captures) for batch in batches]
     x = torch.cat([x for x, _ in done])
     with torch.no_grad():
         if denoiser.decode is as_picture:
@@ -97,14 +109,20 @@ def sample(
     return Result(images.clamp(0, 1), x, record, tuple(seeds))
 
 
-def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar) -> tuple[torch.Tensor, Record]:
+def _sample_batch(
+    denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar, captures: Captures | None
+) -> tuple[torch.Tensor, Record]:
     solver = Solver.of(denoiser.scheduler, steps, denoiser.device)
     kind, channels = denoiser.kind or solver.kind, denoiser.shape[0]
     candidates = 1 if guidance is None else guidance.candidates
     seeds = particle_seeds(seeds, candidates)
     sources = generators(seeds)
     x = (randn(denoiser.shape, sources) * solver.initial_sigma).to(denoiser.device)
+    predict = denoiser.predict if captures is None else captures("the denoiser", denoiser.predict)
     run = None if guidance is None else guidance.begin(solver, denoiser.decode, seeds)
+    if run is not None:
+        run.captures = captures
+    latest = Latest()
     plan = visits(range(len(solver))) if run is None else run.visits
     record = Record() if run is None else run.record
     bar.total = len(plan) * batches
@@ -113,7 +131,7 @@ def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar)
         start = time.perf_counter()
         x = x.detach().requires_grad_(graph)
         with torch.set_grad_enabled(graph):
-            output = denoiser.predict(solver.model_input(x, i), solver.timesteps[i])
+            output = predict(solver.model_input(x, i), solver.timesteps[i])
             prediction, variance = output[:, :channels], output[:, channels:].detach()
             if kind != solver.kind:  # the scheduler steps by what its own config says
                 level = solver.levels[i]
@@ -136,7 +154,8 @@ def _sample_batch(denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar)
                 x = run.step(x, prediction, visit, solve, start)
         if not bar.disable:
             if "loss" in record.rows[-1]:
-                bar.set_postfix(loss=f"{record.rows[-1]['loss'].mean().item():.4g}", refresh=False)
+                value = latest(record.rows[-1]["loss"].mean())
+                bar.set_postfix(loss="" if value is None else f"{value:.4g}", refresh=False)
             bar.update()
     kept = None if run is None else run.finish(x)
     if kept is not None:

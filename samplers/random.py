@@ -16,7 +16,14 @@ def generators(seeds: list[int], stream: str = "sampler") -> list[torch.Generato
 def randn(shape: tuple[int, ...], sources: list[torch.Generator], like: torch.Tensor | None = None) -> torch.Tensor:
     """Standard normal noise `(B, *shape)`, each sample from its own generator; device and dtype of `like`."""
     noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
-    return noise if like is None else noise.to(like)
+    return noise if like is None else placed(noise, like)
+
+
+def placed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the host with device and dtype of `like`; the host does not wait until it is there."""
+    if like.is_cuda and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(like, non_blocking=like.device.type != "mps")  # which may read what is freed by then
 
 
 def rand(shape: tuple[int, ...], sources: list[torch.Generator]) -> torch.Tensor:

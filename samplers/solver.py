@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .levels import Level, prediction_kind, scheduler_levels
+from .random import randn
 
 SCHEDULE = ("timesteps", "sigmas", "betas", "alphas", "alphas_cumprod")  # numbers per timestep, not per sample
 
@@ -40,8 +41,10 @@ class Solver:
     def of(cls, scheduler, steps: int, device: torch.device | str = "cpu") -> Solver:
         """A solver of `steps` steps over a copy of the scheduler, which itself is never touched."""
         scheduler = copy.deepcopy(scheduler)
-        scheduler.set_timesteps(steps, device=device)
-        return cls(scheduler)
+        scheduler.set_timesteps(steps, device="cpu")  # it looks numbers up by them, for which no step should wait
+        solver = cls(scheduler)
+        solver.timesteps = solver.timesteps.to(device)
+        return solver
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -55,12 +58,16 @@ class Solver:
         """The sample as the model wants it: the scheduler's own scaling."""
         if not hasattr(self.scheduler, "scale_model_input"):
             return x
-        return self.scheduler.scale_model_input(x, self.timesteps[index])
+        return self.scheduler.scale_model_input(x, self.scheduler.timesteps[index])
 
     def step(self, prediction: torch.Tensor, index: int, x: torch.Tensor, **options: Any) -> torch.Tensor:
         """The scheduler's own step from `levels[index]`; options it does not know (eta, generator) are left out."""
         known = {name: value for name, value in options.items() if name in self._step_options}
-        return self.scheduler.step(prediction, self.timesteps[index], x, **known, return_dict=False)[0]
+        if {"eta", "variance_noise"} <= self._step_options and isinstance(known.get("generator"), list):
+            sources = known.pop("generator")  # the same numbers as DDIM would draw, without waiting for the device
+            if known.get("eta", 0.0) > 0:
+                known["variance_noise"] = randn(tuple(prediction.shape[1:]), sources, like=prediction)
+        return self.scheduler.step(prediction, self.scheduler.timesteps[index], x, **known, return_dict=False)[0]
 
     def clipped(self, x0: torch.Tensor) -> torch.Tensor:
         """A clean sample as the scheduler itself clips it before its step (`clip_sample`)."""

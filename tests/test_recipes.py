@@ -297,13 +297,35 @@ def test_a_share_of_the_steps_goes_through_the_denoiser():
     calls.clear()
     sample(guided, recipes.dps(squares, through_share=0.25), steps=8, seeds=[0])
     assert calls == [True, False, False, False] * 2
-    moved = library(recipes.dps(distance, through_share=0.75))  # step 4 lies between: x0 moves, the noise stays
+    calls.clear()
+    sample(guided, recipes.dps(squares, through_share=0.4, start=0.5), steps=10, seeds=[0])  # all that can be paid
+    assert calls == [False] * 5 + [True, True, True, True, False]
+
+
+def test_between_steps_through_the_denoiser_the_gradient_is_that_at_x0():
     h = Hand()
-    assert not recipes.dps(distance, through_share=0.75).goes_through(3)
-    torch.testing.assert_close(moved, h.ddim(h.x0, h.e) - h.gx, rtol=0, atol=1e-10)
-    moved = library(recipes.dps(distance, through_share=0.3))
-    assert not recipes.dps(distance, through_share=0.3).goes_through(STEP)
+    moved = library(recipes.dps(distance, through_share=0.3))  # its first step goes through, this one does not
+    torch.testing.assert_close(moved, h.ddim(h.x0, h.e) - h.g0, rtol=0, atol=1e-10)
+    moved = library(recipes.dps(distance, through_share=0.3, edit_between="mean"))  # x0 moves, the noise stays
     torch.testing.assert_close(moved, h.ddim(h.x0 - h.g0, h.e), rtol=0, atol=1e-10)
+
+
+def test_what_auto_may_cost_is_what_it_takes():
+    calls = []
+
+    def counted(x, t):
+        calls.append(2 if torch.is_grad_enabled() and x.requires_grad else 1)
+        return soft(x, t)
+
+    model = denoiser(counted, vp_scheduler(), shape=(3, 4, 4))
+    for loss in (squares, Measurement(operators.SuperResolution(2), torch.zeros(3, 2, 2), 0.1)):
+        for cost, passes in {1: 20, 1.3: 25, 1.6: 30, 2.5: 40}.items():
+            calls.clear()
+            sample(model, recipes.auto(loss, cost=cost, stop=1.0, augment=None), steps=20, seeds=[0])
+            assert sum(calls) == passes and len(calls) == 20
+    assert recipes.auto(squares, cost=1).edit == "shift" and recipes.auto(loss, cost=1).edit == "mean"
+    with pytest.raises(ValueError, match="cost is at least 1"):
+        recipes.auto(squares, cost=0.5)
 
 
 # ---- every recipe with every solver -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Linear ones have an adjoint, some a pseudo-inverse; all have a gradient that is 
 
 from .blur import GaussianBlur, Kernel, MotionBlur, SuperResolution
 from .camera import Clip, Jpeg, Quantize
+from .filter import Filter
 from .fourier import Fourier, PhaseRetrieval
 from .operator import Chain, LinearOperator, Operator
 from .pixels import Colorize, Inpaint, Outpaint
@@ -13,6 +14,7 @@ __all__ = [
     "Chain",
     "Clip",
     "Colorize",
+    "Filter",
     "Fourier",
     "GaussianBlur",
     "Inpaint",

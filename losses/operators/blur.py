@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..network import resize
+from ..network import moved, resize
 from .operator import LinearOperator
 
 METHODS = ("average", "bicubic")
@@ -84,7 +84,7 @@ class GaussianBlur(LinearOperator):
         channels, half = image.shape[1], self.kernel_size // 2
         if min(image.shape[-2:]) <= half:
             raise ValueError(f"a kernel of {self.kernel_size} pixels needs images of more than {half} pixels a side")
-        kernel = self.kernel.to(image).expand(channels, 1, 1, -1)
+        kernel = moved(self.kernel, image).expand(channels, 1, 1, -1)
         image = F.pad(image, (half, half, half, half), mode="reflect")
         return F.conv2d(F.conv2d(image, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
 
@@ -126,7 +126,7 @@ class Kernel(LinearOperator):
         wide = image.to(torch.promote_types(image.dtype, torch.float32))
         around = (width - 1 - right, right, height - 1 - below, below)
         wide = F.pad(wide, around, mode=PADDINGS[self.padding])
-        kernel = self.kernel.to(wide).flip(0, 1).expand(image.shape[1], 1, -1, -1)
+        kernel = moved(self.kernel, wide).flip(0, 1).expand(image.shape[1], 1, -1, -1)
         return F.conv2d(wide, kernel, groups=image.shape[1]).to(image.dtype)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..network import moved
 from .operator import LinearOperator, Operator
 from .pixels import binary
 
@@ -37,23 +38,23 @@ class Fourier(LinearOperator):
             sizes = [" x ".join(map(str, size)) for size in (self.mask.shape, image.shape[-2:])]
             raise ValueError(f"a mask of {sizes[0]} frequencies does not suit images of {sizes[1]} pixels")
         wide = _wide(image)
-        spectrum = torch.fft.fft2(wide, norm="ortho") * self.mask.to(wide)
+        spectrum = torch.fft.fft2(wide, norm="ortho") * moved(self.mask, wide)
         return torch.cat([spectrum.real, spectrum.imag], 1)
 
     def adjoint(self, y: torch.Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> torch.Tensor:
         return torch.fft.ifft2(self._spectrum(y), norm="ortho").real
 
     def pseudo_inverse(self, y: torch.Tensor) -> torch.Tensor:
-        spectrum, mask = self._spectrum(y), self.mask.to(_wide(y))
+        spectrum, mask = self._spectrum(y), moved(self.mask, _wide(y))
         times = mask + _opposite(mask)
         return torch.fft.ifft2((spectrum + _opposite(spectrum).conj()) / times.clamp_min(1), norm="ortho").real
 
     def _spectrum(self, y: torch.Tensor) -> torch.Tensor:
         wide = _wide(y)
-        return torch.complex(*wide.chunk(2, 1)) * self.mask.to(wide)
+        return torch.complex(*wide.chunk(2, 1)) * moved(self.mask, wide)
 
     def observed(self, y: torch.Tensor) -> torch.Tensor:
-        return self.mask.to(y)
+        return moved(self.mask, y)
 
 
 class PhaseRetrieval(Operator):

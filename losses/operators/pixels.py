@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..images import Picture, digest, read_image
-from ..network import per_image
+from ..network import constant, moved, per_image
 from .operator import LinearOperator
 
 REC_601 = (0.299, 0.587, 0.114)
@@ -44,7 +44,7 @@ class Inpaint(LinearOperator):
         self.arguments = {"mask": self.mask.bool()}
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        mask = self.mask.to(image)
+        mask = moved(self.mask, image)
         return image * (per_image(mask, len(image), "masks") if mask.ndim == 4 else mask)
 
     def adjoint(self, y: torch.Tensor, shape: torch.Size | tuple[int, ...] | None = None) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Inpaint(LinearOperator):
         return self(y)
 
     def observed(self, y: torch.Tensor) -> torch.Tensor:
-        return self.mask.to(y)
+        return moved(self.mask, y)
 
     def describe(self) -> dict[str, Any]:
         return {"operator": "Inpaint", "mask": digest(self.mask)}
@@ -126,4 +126,4 @@ class Colorize(LinearOperator):
 
     @staticmethod
     def _weights(like: torch.Tensor) -> torch.Tensor:
-        return like.new_tensor(REC_601).view(3, 1, 1)
+        return constant(REC_601, like).view(3, 1, 1)

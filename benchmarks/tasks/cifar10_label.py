@@ -1,0 +1,24 @@
+"""A CIFAR-10 class by ResNet20, judged by ResNet56, at equal cost; `cifar10` is the field's protocol with FID.
+
+The model is trained by `python -m benchmarks.cifar10.train`. Settings: the default, and where it differs the best of
+`run cifar10` (searched on other seeds).
+"""
+
+from .. import work_cifar
+from ..task import Method, Task
+
+TASK = Task(
+    works=[work_cifar.WORK],
+    methods=[
+        Method("unguided", "unguided"),
+        Method("best of N", "best_of_n", candidates_at=25),
+        Method("auto", "auto"),
+        Method("auto, x0", "auto", dict(through="x0", edit="mean", time_travel=None)),
+        Method("mpgd", "mpgd"),
+        Method("dps", "dps"),
+        Method("tfg", "tfg"),
+    ],
+    budgets=(50, 100),
+    pictures=100,
+    quick=dict(budgets=(12,), pictures=10),
+)

@@ -1,0 +1,24 @@
+"""The foreground of the real 64x64 model's faces in a disc, guided by U-2-Net, judged by the contrast of colours.
+
+Settings are defaults, and dps in the middle of its grid: no strength was searched for this work.
+"""
+
+from .. import work_place
+from ..task import Method, Task
+
+TASK = Task(
+    works=work_place.WORKS,
+    methods=[
+        Method("unguided", "unguided"),
+        Method("best of N", "best_of_n", candidates_at=25),
+        Method("auto", "auto"),
+        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
+        Method("auto, cost 1", "auto", dict(cost=1.0)),
+        Method("mpgd", "mpgd"),
+        Method("freedom", "freedom"),
+        Method("dps", "dps", dict(strength=20.0)),
+    ],
+    budgets=(50, 100),
+    pictures=4,
+    note="moved: how far the model itself moves a picture that it is given with some noise.",
+)

@@ -1,0 +1,25 @@
+"""Faces of the real 64x64 model in the style of a painting, guided in VGG-16, judged in AlexNet.
+
+Settings: the best of the grids of `run methods` (results/methods.jsonl, searched on other seeds).
+"""
+
+from .. import work_look
+from ..task import Method, Task
+
+TASK = Task(
+    works=[work for work in work_look.WORKS if work.name == "real-style"],
+    methods=[
+        Method("unguided", "unguided"),
+        Method("best of N", "best_of_n", candidates_at=25),
+        Method("auto", "auto"),
+        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
+        Method("auto, cost 1", "auto", dict(cost=1.0)),
+        Method("mpgd", "mpgd", dict(strength=4.0)),
+        Method("freedom", "freedom"),
+        Method("tfg", "tfg", dict(rho=3000.0, mu=6000.0, sigma=0.01)),
+    ],
+    budgets=(50, 100),
+    pictures=4,
+    note="moved: how far the model itself moves a picture that it is given with some noise; unguided ones are moved by "
+    "as much as natural ones are.",
+)
