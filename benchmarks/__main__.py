@@ -14,7 +14,7 @@ TASKS = {
     "methods": "every recipe on ten pairs of a model and a task, at its default strength and at its best",
     "overhead": "what a guided call costs beyond its necessary passes",
     "losses": "every loss on a real model: how far it falls, whether a judge agrees, with and without augmentation",
-    "imitate": "example pairs: what was done found from one pair and undone, against the true operator; edits; refusals",
+    "imitate": "example pairs: what was done is found and undone, against the true operator; edits; refusals",
     "cheap": "auto at 1.3 times the time of the unguided sampler and at the same: how much of its gain is left",
     "cost": "time per picture against batch, steps, copies and resolution; memory against the number of pictures",
     "memory": "peak memory of guided calls against the plain call and naive backpropagation",
@@ -31,8 +31,8 @@ def main() -> None:
 
     `list` names the tasks. Those that compare methods at equal cost are small files in benchmarks/tasks/; they can be
     killed at any moment and go on where they were, several processes share them (start the command twice, or
-    `accelerate launch --multi_gpu --num_processes 2 -m benchmarks run TASK`, which needs no GPU), and `report` writes what there
-    is so far.
+    `accelerate launch --multi_gpu --num_processes 2 -m benchmarks run TASK`, which needs no GPU), and `report` writes
+    what there is so far.
     """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def write(rows: Rows, file: str, count: int, steps: int) -> None:
 def _restored(rows: Rows, key: dict) -> list[str]:
     from .imitate import NOISE, degradations
 
+    notes: list[str] = []
     lines = [
         "## An unknown operator, from one pair",
         "",
@@ -65,7 +67,14 @@ def _restored(rows: Rows, key: dict) -> list[str]:
         cells = [f"{row['psnr']:.2f} / {row['lpips']:.3f}" if row else "" for row in found.values()]
         gaps = [f"{own['psnr'] - found[n]['psnr']:+.2f}" if found[n] else "" for n in ("true", "none", "wrong")]
         lines.append(f"| {task} | {own['found']}, noise {own['sigma']:.4f} | {' | '.join(cells + gaps)} |")
-    return [*lines, ""]
+        if found["mean"] is not None:
+            one, four = (10 ** (-found[name]["psnr"] / 10) for name in ("fitted", "mean"))
+            notes.append(
+                f"{task}: an answer is one draw of many that fit the query, and has their variance on top of the error "
+                f"of their mean. By the errors of one draw and of the mean of four, the mean of infinitely many would "
+                f"have {-10 * math.log10(max(4 * four - one, 1e-12) / 3):.2f} dB."
+            )
+    return [*lines, "", *[line for note in notes for line in (note, "")]]
 
 
 def _choice(rows: Rows) -> list[str]:
@@ -111,7 +120,8 @@ def _edits(rows: Rows, key: dict) -> list[str]:
         "",
         f'`mode="direction"` from {len(EXAMPLES)} pairs; MobileNetV2 guides. Similarity is the cosine of the answer\'s '
         "change to the mean change of the examples, in AlexNet and VGG-16, which did not guide; LPIPS (AlexNet) to the "
-        "query, and to the query edited by image processing, which is what 'itself' is.",
+        "query, and to the query edited by image processing, which is what 'itself' is. An answer nearer to the "
+        "query than to the edited query has the edit's look rather than the edit.",
         "",
         "| edit | by | similarity, AlexNet | similarity, VGG-16 | LPIPS to the query | LPIPS to the edited query |",
         "|---|---|---|---|---|---|",

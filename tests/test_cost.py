@@ -22,7 +22,7 @@ def test_a_gain_is_a_share_of_the_way_up_or_down():
 
 def test_times_are_those_of_the_unguided_sampler():
     row = dict(forwards=50, backwards=10, steps=50, pictures=8, batch=4, processor_seconds=30.0)
-    passes, everything = cheap.times(row | dict(forward_processor_seconds=0.2), through=2.1)
+    passes, everything = cheap.times(row | dict(forward_processor_seconds=0.2), through=2.1, steps=50)
     assert passes == pytest.approx((50 + 1.1 * 10) / 50)
     assert everything == pytest.approx(30.0 / (2 * 50 * 0.2))
 
@@ -32,11 +32,11 @@ def test_a_row_of_the_report_has_every_figure():
     size = dict(forwards=50, backwards=0, steps=50, pictures=4, batch=4, processor_seconds=20, visits=50)
     size["forward_processor_seconds"] = 0.2
     rows = {name: size | dict(figures=dict(accuracy=value)) for name, value in
-            {"unguided": 0.2, "auto": 1.0, "1.3": 0.8, "1.0": 0.6}.items()}  # fmt: skip
-    line = cheap.line(work, rows, through=2.1)
-    assert "| 0.8 | **75 %** | 1.00 (2.00) | 0.6 | **50 %** |" in line
-    rows["1.3"] = None
-    assert "| 1 |  |  |  | 0.6 |" in cheap.line(work, rows, through=2.1)
+            {"unguided": 0.2, "auto": 1.0, "cost 1.3": 0.8, "fewer steps": 0.9, "cost 1": 0.6}.items()}  # fmt: skip
+    line = cheap.line(work, rows, through=2.1, steps=50)
+    assert "| 0.8 | **75 %** | 1.00 (2.00) | 0.9 |" in line and "| 0.6 | **50 %** |" in line
+    rows["cost 1.3"] = None
+    assert "| 1 |  |  |  | 0.9 |" in cheap.line(work, rows, through=2.1, steps=50)
 
 
 def test_drawing_at_a_cost_takes_any_size():

@@ -13,7 +13,7 @@ TASK = Task(
         Method("unguided", "unguided"),
         Method("best of N", "best_of_n", candidates_at=25),
         Method("auto", "auto"),
-        Method("auto, x0", "auto", dict(through="x0", edit="mean", time_travel=None)),
+        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
         Method("mpgd", "mpgd"),
         Method("dps", "dps"),
         Method("tfg", "tfg"),

@@ -21,7 +21,7 @@ TASK = Task(
         Method("tfg", "tfg", dict(rho=4.0, mu=8.0, sigma=0.01)),
         Method("adam_dps", "adam_dps"),
     ],
-    budgets=(50, 100, 25),
+    budgets=(50, 25),
     pictures=40,
     quick=dict(budgets=(12,), pictures=10),
     note="Frechet and kernel distance: to the 10,000 real test pictures, in the judge's 64 penultimate features, with "

@@ -18,7 +18,7 @@ TASK = Task(
         Method("freedom", "freedom"),
         Method("dps", "dps", dict(strength=20.0)),
     ],
-    budgets=(50, 100),
+    budgets=(50,),
     pictures=4,
     note="moved: how far the model itself moves a picture that it is given with some noise.",
 )

@@ -53,10 +53,20 @@ TASK = Task(
             dict(strength=2.0),
             by_work={SUPER: dict(rule=Chain((Adam(0.03, 0.69, 0.735), LevelRatio())), strength=4)},
         ),
-        Method("deepinv DPS", "peer:deepinv-dps", dict(guidance="annealed", weight=30.0)),
-        Method("deepinv DiffPIR", "peer:deepinv-diffpir", dict(lambda_=7.0, zeta=0.5)),
+        Method(
+            "deepinv DPS",
+            "peer:deepinv-dps",
+            dict(guidance="annealed", weight=3.0),
+            by_work={SUPER: dict(weight=30.0)},
+        ),
+        Method(
+            "deepinv DiffPIR",
+            "peer:deepinv-diffpir",
+            dict(lambda_=2.0, zeta=0.5),
+            by_work={SUPER: dict(lambda_=0.7)},
+        ),
     ],
-    budgets=(50, 25, 100),
+    budgets=(50, 25),
     pictures=4,
     note="deepinv 0.5.0, its samplers unmodified, gets the same model, operators and noise level. The community "
     "pipelines of diffusers, CLIP guidance among them, do not come with its package, so that none of them is here.",

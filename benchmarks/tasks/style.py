@@ -18,7 +18,7 @@ TASK = Task(
         Method("freedom", "freedom"),
         Method("tfg", "tfg", dict(rho=3000.0, mu=6000.0, sigma=0.01)),
     ],
-    budgets=(50, 100),
+    budgets=(50,),
     pictures=4,
     note="moved: how far the model itself moves a picture that it is given with some noise; unguided ones are moved by "
     "as much as natural ones are.",
