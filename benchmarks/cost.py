@@ -113,7 +113,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
     lines = [
         "# Cost against work",
         "",
-        "`python -m benchmarks run cost`",
+        f"`python -m benchmarks run cost{' --quick' if quick else ''}`",
         "",
         f"Processor seconds of one call of `sample` on one thread, medians of {repeats}; the demo model, a label by "
         f"its classifier. Where it is not what changes: {', '.join(f'{n} {what}' for what, n in USUAL.items())}. "

@@ -59,12 +59,16 @@ def auto(loss, strength: float = 1.0, cost: float | None = None, **changes: Any)
     known (a measurement's noise), three Polyak steps at x0 find where to go, and one product through the denoiser goes
     there, over-relaxed by 1.3, to the end.
 
-    Windows are on the noise's clock, so that they suit any schedule. All in all it takes about 3.4 times as long as the
-    unguided sampler, and the guide's own passes besides.
+    Windows are on the noise's clock, so that they suit any schedule. All in all it takes three to four times as long as
+    the unguided sampler, and the guide's own passes besides.
 
     Args:
-        cost: how many times as long as the unguided sampler it may take at most, from 1 up. There is no time travel
-            then, and only as many steps as can be paid go through the denoiser: one in four at 1.3, none at 1.
+        cost: how many times as long as the unguided sampler it may take at most, from 1 up, the guide's own passes not
+            counted. There is no time travel then, and only as many steps as can be paid go through the denoiser: one in
+            four at 1.3, none at 1, but at least one above it.
+
+    Raises:
+        ValueError: `cost` is below 1, or settings ask for more than it pays.
     """
     if cost is not None and not cost >= 1:
         raise ValueError(f"cost is at least 1, that of the unguided sampler, got {cost}")
@@ -89,6 +93,11 @@ def auto(loss, strength: float = 1.0, cost: float | None = None, **changes: Any)
         if content and not known:
             settings["rule"] = NoiseScaled(0.28, fading=True)  # fewer visits, whose steps add up to as much
     asked, edit = settings | changes, "mean" if known else "shift"
+    if cost is not None:
+        through = 0 if asked.get("through") == "x0" else asked.get("through_share", 1)
+        if through > share or asked["time_travel"] is not None or asked.get("particles") is not None:
+            more = [name for name in ("through", "through_share", "time_travel", "particles") if name in changes]
+            raise ValueError(f"cost={cost} does not pay {' and '.join(more)} as given; leave out either")
     if asked.get("through") == "x0":
         settings["edit"] = edit
     elif asked.get("through_share", 1) < 1:

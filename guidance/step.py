@@ -406,10 +406,10 @@ class Run:
             else:
                 shift = wide * move
         if guidance.project is not None and displacement is not None:
-            moved = (displacement != 0).flatten(1).any(1)
+            touched = (displacement != 0).flatten(1).any(1)
             projected = guidance.project(signal.x0 + displacement) - signal.x0
-            moved = moved & torch.isfinite(projected).flatten(1).all(1)
-            displacement = self._within(torch.where(per_sample(moved, projected, torch.bool), projected, 0))
+            touched = touched & torch.isfinite(projected).flatten(1).all(1)
+            displacement = self._within(torch.where(per_sample(touched, projected, torch.bool), projected, 0))
         if displacement is not None and guidance.inner is not None and guidance.inner.keep == "sample":
             score = _sum(score, -level.alpha / level.sigma.clamp_min(1e-20) * displacement)
         elif displacement is not None:
@@ -557,8 +557,8 @@ def _scored(x: torch.Tensor, prediction: torch.Tensor, move: torch.Tensor, level
         return prediction
     sample = x.to(move.dtype)
     noise = level.noise(prediction.to(move.dtype), sample, kind) + move
-    moved = level.prediction(level.x0(noise, sample, "epsilon"), noise, kind).to(prediction.dtype)
-    return torch.where(per_sample((move != 0).flatten(1).any(1), moved, torch.bool), moved, prediction)
+    changed = level.prediction(level.x0(noise, sample, "epsilon"), noise, kind).to(prediction.dtype)
+    return torch.where(per_sample((move != 0).flatten(1).any(1), moved, torch.bool), changed, prediction)
 
 
 def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.Tensor | None:

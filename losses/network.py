@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -151,16 +152,19 @@ def per_image(targets: torch.Tensor, images: int, what: str) -> torch.Tensor:
     return targets.repeat(images // len(targets), *(1 for _ in targets.shape[1:]))
 
 
+_COPIES = WeakTensorKeyDictionary()  # not on the tensors themselves, with which they would be pickled
+
+
 def moved(tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor that stays the same, on the device of `like` and in its dtype unless another is given.
 
-    It is copied to another device once and kept there, beside it, until it changes: a copy at each call would make the
-    host wait for the device.
+    It is copied to another device once and kept there, as long as the tensor is there and does not change: a copy at
+    each call would make the host wait for the device.
     """
     dtype = dtype or like.dtype
     if tensor.device == like.device or tensor.is_inference():
         return tensor.to(like.device, dtype)
-    copies = tensor.__dict__.setdefault("_copies", {})
+    copies = _COPIES.setdefault(tensor, {})
     version, copied = copies.get((like.device, dtype), (None, None))
     if version != tensor._version:
         with torch.inference_mode(False), torch.no_grad():
@@ -169,7 +173,7 @@ def moved(tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | None = 
     return copied
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: a recorded CUDA graph reads a copy after its function is done
 def _numbers(values: tuple[float, ...]) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float64)

@@ -189,7 +189,7 @@ def graphs(bodies: list[Callable[[], None]], device: torch.device, shared: _Shar
             try:
                 with torch.cuda.graph(graph, pool=shared.pool, stream=shared.stream):
                     body()
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise RuntimeError(f"a CUDA graph could not be recorded ({error}); use graphs=False") from error

@@ -71,8 +71,9 @@ def sample(
         progress: show a progress bar, with the loss on it.
         graphs: for CUDA devices: record the passes of the denoiser, the decoder and the guide as CUDA graphs at their
             first call, and replay them at all others. Small models and batches run several times faster; recording
-            takes some calls, and memory of its own. The model must be a function of its sample and timestep alone. On
-            other devices the same buffers are used, without a recording.
+            takes some calls, and memory of its own. The model must be a function of its sample and timestep alone, and
+            a loss of its picture: their Python code is not run again. On other devices the same buffers are used,
+            without a recording.
 
     On a CUDA device the host waits for no step, with or without graphs, and gives the device its work ahead. It has to
     wait for guidances whose course depends on what they find (particles, the conjugate gradients of `pigdm`, `ddnm` and

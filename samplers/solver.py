@@ -43,7 +43,8 @@ class Solver:
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(steps, device="cpu")  # it looks numbers up by them, for which no step should wait
         solver = cls(scheduler)
-        solver.timesteps = solver.timesteps.to(device)
+        single = solver.timesteps.dtype == torch.float64  # which MPS does not have
+        solver.timesteps = (solver.timesteps.float() if single else solver.timesteps).to(device)
         return solver
 
     def __len__(self) -> int:

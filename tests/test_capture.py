@@ -6,8 +6,11 @@ elsewhere for the device.
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -438,6 +441,30 @@ def test_a_failed_recording_says_what_to_do(monkeypatch):
         capture.graphs([lambda: None], torch.device("cpu"), capture._Shared())
 
 
+def test_too_little_memory_is_told_as_torch_tells_it(monkeypatch):
+    """Also where torch has no `OutOfMemoryError` but its CUDA part's (2.4)."""
+
+    @contextmanager
+    def graph(made, pool, stream):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    stub = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "device": lambda device: nullcontext(),
+        "graph_pool_handle": lambda: "pool",
+        "Stream": lambda: stub,
+        "current_stream": lambda: stub,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": SimpleNamespace,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.delattr(torch, "OutOfMemoryError", raising=False)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="^CUDA out of memory$"):
+        capture.graphs([lambda: None], torch.device("cpu"), capture._Shared())
+
+
 def test_the_profile_counts_what_overlaps_once():
     from benchmarks.gpu_profile import busy, summary
 
@@ -485,3 +512,31 @@ def test_a_fixed_tensor_is_copied_once_and_again_when_it_changes():
     with torch.inference_mode():
         numbers = constant((0.25, 0.5), torch.zeros(1, dtype=torch.float64))
     assert not numbers.is_inference() and numbers.tolist() == [0.25, 0.5]
+
+
+def test_copies_do_not_go_along_with_their_tensor():
+    """Neither into a pickle, nor to a copy of the tensor, which may change to something else."""
+    with Device():
+        like, fixed = torch.zeros(2).to("meta"), torch.ones(2)
+        fixed += 1
+        fixed += 1
+        size = len(pickle.dumps(fixed))
+        moved(fixed, like)
+        assert len(pickle.dumps(fixed)) == size
+        other = copy.deepcopy(fixed)
+        while other._version < fixed._version:
+            other += 1
+        assert moved(other, like).inner.tolist() == other.tolist() != fixed.tolist()
+        kept = weakref.ref(moved(fixed, like))
+        assert kept() is not None
+        del fixed
+        assert kept() is None
+
+
+def test_constants_that_a_recording_reads_stay():
+    with Device():
+        like = torch.zeros(2).to("meta")
+        read = weakref.ref(constant((0.125, 0.375), like))
+        for i in range(200):
+            constant((float(i),), like)
+        assert read() is not None

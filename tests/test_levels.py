@@ -155,6 +155,14 @@ def test_a_solver_returns_to_where_it_was():
     assert torch.equal(solver.step(x, 1, x), first)
 
 
+@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])
+def test_timesteps_are_what_every_device_has(name):
+    """MPS has no float64."""
+    solver = Solver.of(getattr(diffusers, name)(use_karras_sigmas=True), 4)
+    assert solver.timesteps.dtype == torch.float32
+    assert solver.timesteps.tolist() == pytest.approx(solver.times)
+
+
 def test_the_users_scheduler_is_never_touched():
     scheduler = diffusers.EulerDiscreteScheduler(**VP)
     before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(scheduler).items()}

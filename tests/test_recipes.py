@@ -10,10 +10,12 @@ import pytest
 import torch
 from lossguide.guidance import Guidance, recipes
 from lossguide.guidance.guidance import Inner
+from lossguide.guidance.particles import Particles
 from lossguide.guidance.steps import Constant, NoiseScaled, PolyakToFloor
 from lossguide.losses import Measurement, operators
 from lossguide.samplers import Solver, denoiser, sample
 from lossguide.samplers.random import generators, randn
+from lossguide.samplers.time_travel import TimeTravel
 from models import identity, vp_scheduler
 
 LINEAR = ("pigdm", "diffpir", "ddnm")
@@ -324,8 +326,25 @@ def test_what_auto_may_cost_is_what_it_takes():
             sample(model, recipes.auto(loss, cost=cost, stop=1.0, augment=None), steps=20, seeds=[0])
             assert sum(calls) == passes and len(calls) == 20
     assert recipes.auto(squares, cost=1).edit == "shift" and recipes.auto(loss, cost=1).edit == "mean"
-    with pytest.raises(ValueError, match="cost is at least 1"):
-        recipes.auto(squares, cost=0.5)
+    for cost in (0.5, math.nan):
+        with pytest.raises(ValueError, match="cost is at least 1"):
+            recipes.auto(squares, cost=cost)
+
+
+@pytest.mark.parametrize(
+    ("cost", "changes"),
+    [
+        (1, dict(through="denoiser")),
+        (1.3, dict(through_share=0.5)),
+        (1.3, dict(time_travel=TimeTravel(2))),
+        (1.3, dict(particles=Particles(4))),
+    ],
+)
+def test_what_costs_more_than_auto_may_is_refused(cost, changes):
+    with pytest.raises(ValueError, match=f"does not pay {next(iter(changes))}"):
+        recipes.auto(squares, cost=cost, **changes)
+    recipes.auto(squares, **changes)
+    recipes.auto(squares, cost=cost, through="x0", time_travel=None)
 
 
 # ---- every recipe with every solver -----------------------------------------------------------------------------
