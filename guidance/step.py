@@ -558,7 +558,7 @@ def _scored(x: torch.Tensor, prediction: torch.Tensor, move: torch.Tensor, level
     sample = x.to(move.dtype)
     noise = level.noise(prediction.to(move.dtype), sample, kind) + move
     changed = level.prediction(level.x0(noise, sample, "epsilon"), noise, kind).to(prediction.dtype)
-    return torch.where(per_sample((move != 0).flatten(1).any(1), moved, torch.bool), changed, prediction)
+    return torch.where(per_sample((move != 0).flatten(1).any(1), changed, torch.bool), changed, prediction)
 
 
 def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.Tensor | None:

@@ -250,6 +250,17 @@ def test_label_guidance_runs_from_a_model_to_a_table(tmp_path, monkeypatch, shar
     assert len((tmp_path / "cifar10.jsonl").read_text().splitlines()) == len(rows)
 
 
+def test_noise_is_rough_and_a_picture_is_not():
+    smooth = torch.linspace(0, 255, 32).expand(1, 3, 32, 32).byte()
+    noise = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert label.rough(torch.cat([smooth, noise])).tolist() == [0, 1]
+
+
+@pytest.mark.skipif(not data.available(), reason="CIFAR-10 has not been fetched")
+def test_no_real_picture_is_rough():
+    assert label.rough(data.cifar10("test")[0][:2000]).sum() == 0
+
+
 def test_without_a_model_the_task_says_how_to_train_it(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(classifiers, "available", lambda: True)
     monkeypatch.setattr(model, "available", lambda: False)
