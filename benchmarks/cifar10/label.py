@@ -143,13 +143,13 @@ def write(parts: Parts, done: list[Run], network: Features, name: str, size: Siz
             row = rows.add({**key, "first_seed": run.seed, **figures, **about(parts.denoiser.device)})
         found.append(row)
     training = distances(real_features(network, "train", size.count), real)
-    (RESULTS / f"{name}.md").write_text(report(found, training, model.training(), network, size))
+    (RESULTS / f"{name}.md").write_text(report(found, training, model.training(), network, size, name))
     blocks = [Block(_strength(row), parts.pictures(run)[:SHOWN] / 255, 2) for run, row in zip(done, found)]
     contact_sheet(blocks, f"row by row: {', '.join(data.CLASSES)}").save(RESULTS / f"{name}.png")
     print(RESULTS / f"{name}.md")
 
 
-def report(rows: list[dict], training: dict, facts: dict, network: Features, size: Size) -> str:
+def report(rows: list[dict], training: dict, facts: dict, network: Features, size: Size, name: str) -> str:
     """The table in Markdown; `training` are the distances of training pictures, `facts` how the model was trained."""
     count, base = size.count, rows[0]["seconds"]
     trained = (
@@ -167,15 +167,16 @@ def report(rows: list[dict], training: dict, facts: dict, network: Features, siz
         "",
         f"FID and KID (x 1000, with its deviation over subsets) to {size.real:,} test pictures, in {network.about}. "
         "FID of few pictures is too high: compare it within this table. Rough: the share of pictures "
-        f"that are noise, whose neighbouring values differ by {ROUGH:g} and more (0.131 at most in a real one); a judge "
-        "may still take them for the class. Errors are standard errors over pictures. "
+        f"that are noise, whose neighbouring values differ by {ROUGH:g} and more (0.131 at most in a real one); a "
+        "judge may still take them for the class. Errors are standard errors over pictures. "
         "Seconds on a processor are the process's own.",
     ]
     if size.searched:
         lines.append(f"A strength other than 1 is the best, to the judge, of {size.searched} pictures of other seeds.")
     lines += [
         "",
-        f"{PUBLISHED}.",
+        "Guide and judge are of one family: what fools the one may fool the other, so look at "
+        f"[the pictures]({name}.png). {PUBLISHED}.",
         "",
         "| method | strength | accuracy | confidence | FID | KID | rough | s per picture | x unguided |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -190,7 +191,7 @@ def report(rows: list[dict], training: dict, facts: dict, network: Features, siz
 
 
 def _strength(row: dict) -> str:
-    return f"{row['recipe']} {row['change'].get('strength', '')}".strip()
+    return " ".join([row["recipe"], *(f"{value:g}" for value in row["change"].values())])
 
 
 def _far(far: dict[str, float]) -> str:
