@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 import click
@@ -47,7 +48,7 @@ def list_tasks() -> None:
 
 
 @main.command()
-@click.argument("task", type=click.Choice([*TASKS, *tasks.names(), *PUBLISHED]))
+@click.argument("task")
 @click.option("--quick", is_flag=True, help="Few pictures and strengths, to see that it runs; not for figures.")
 @click.option("--fresh", is_flag=True, help="Measure again what has been measured.")
 @click.option(
@@ -56,10 +57,22 @@ def list_tasks() -> None:
     metavar="NAME",
     help="Only these recipes (or unguided), solvers, or methods of a task, in a process of its own.",
 )
-@click.option("--work", multiple=True, metavar="NAME", help="methods, solvers: only this work, such as real-inpaint.")
+@click.option(
+    "--work",
+    multiple=True,
+    metavar="NAME",
+    help="cheap, methods, solvers, comparisons: only this work, such as real-inpaint.",
+)
 @click.option("--weights", metavar="FOLDER", help="published-*: the folder of weights that the task needs.")
 def run(task: str, quick: bool, fresh: bool, only: tuple[str, ...], work: tuple[str, ...], weights: str | None) -> None:
-    """Run a task; what is measured already is not measured again."""
+    """Run a TASK that `list` names; what is measured already is not measured again."""
+    names = [*TASKS, *tasks.names(), *PUBLISHED]
+    if task not in names:
+        close = difflib.get_close_matches(task, names, 1)
+        raise click.UsageError(
+            f"there is no task {task!r}{f'; did you mean {close[0]!r}?' if close else ';'} "
+            "`python -m benchmarks list` names them"
+        )
     if task in PUBLISHED:
         from .published.run import run as run_published
 
@@ -71,6 +84,8 @@ def run(task: str, quick: bool, fresh: bool, only: tuple[str, ...], work: tuple[
         compare.run(task, quick=quick, fresh=fresh, only=only, work=work)
         return
     more = dict(work=work) if work else {}
+    if more and task not in ("cheap", "methods", "solvers"):
+        raise click.UsageError(f"{task} takes no --work")
     importlib.import_module(f"benchmarks.{task.replace('-', '_')}").run(quick=quick, fresh=fresh, only=only, **more)
 
 

@@ -69,7 +69,9 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = (), wo
     """Measure what is not in `results/methods.jsonl` yet, on all work or some; write `results/cheap.md`."""
     torch.set_num_threads(1)
     name = "cheap-quick" if quick else "cheap"
-    works = [one for one in methods.WORKS if one.available() and (not work or one.name in work)]
+    for unknown in set(work) - {one.name for one in methods.WORKS}:
+        raise SystemExit(f"there is no work {unknown!r}; there is {', '.join(one.name for one in methods.WORKS)}")
+    works = [one for one in methods.WORKS if one.available()]
     works = [one for one in works if not quick or one.name in ("demo-label", "demo-mask")]
     path = RESULTS / ("cheap-quick.jsonl" if quick else "methods.jsonl")
     size = dict(steps=10, most=10) if quick else {}
@@ -80,7 +82,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = (), wo
         for label, (change, share) in WAYS.items():
             job = plan.job(one, "auto", change, "evaluation")
             jobs[label] = dataclasses.replace(job, steps=round(share * plan.steps))
-        for job in jobs.values():
+        for job in jobs.values() if not work or one.name in work else ():  # the table tells all that is measured
             with plan.rows[one.name].claim(**job.key) as mine:
                 if mine or (fresh and job.change):
                     plan.rows[one.name].add(methods.measure(job))

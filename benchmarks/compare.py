@@ -148,7 +148,7 @@ def run(name: str, quick: bool = False, fresh: bool = False, only: tuple[str, ..
     for given, known in ((only, [one.name for one in chosen.methods]), (work, [one.name for one in chosen.works])):
         unknown = [one for one in given if one not in known]
         if unknown:
-            raise SystemExit(f"there is no {unknown[0]!r} in {name}; there are {', '.join(known)}")
+            raise SystemExit(f"there is no {unknown[0]!r} in {name}; there are {', '.join(map(repr, known))}")
     if fresh and world > 1:
         raise SystemExit("--fresh forgets what others may have just measured: remove the file of rows instead")
     chosen = dataclasses.replace(

@@ -99,7 +99,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = (), wo
     for given, known in ((only, SOLVERS), (work, WORKS)):
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise SystemExit(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
+            raise SystemExit(f"there is no {unknown[0]!r}; there are {', '.join(map(repr, known))}")
     if fresh and (only or work):
         raise SystemExit("--fresh measures everything again: leave out --only and --work")
     name = "solvers-quick" if quick else "solvers"

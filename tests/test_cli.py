@@ -393,7 +393,14 @@ def test_ctrl_c_ends_with_a_word_and_status_130(place, models):
     )
     command = [sys.executable, "-c", code, str(models / "grey"), "generate", *BRIGHT, "--steps", "900", "--out", "x"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command,
+        cwd=place,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 60
     told = b""
     while b"step/s" not in told and time.monotonic() < deadline:

@@ -392,7 +392,7 @@ def test_pairs_that_contradict_one_another_are_refused():
         (dict(pairs=[(picture(), picture())], mode="copy"), "mode is one of auto, operator, direction, analogy"),
         (dict(pairs=EXAMPLES, mode="direction"), "mode 'direction' needs an encoder"),
         (dict(pairs=EXAMPLES, encoder=lambda x: x[:, 0, 0, 0], mode="direction"), "an encoder makes features"),
-        (dict(pairs=[(picture(), picture(30))]), "sizes differ by no one whole factor"),
+        (dict(pairs=[(picture(), picture(30))]), "no size is a whole multiple of the other"),
         (dict(pairs=[(torch.full((3, 48, 48), 0.5), picture())]), "nothing in common"),
     ],
 )
@@ -461,3 +461,16 @@ def test_files_that_nobody_saved_are_refused(tmp_path):
     (tmp_path / "pairs.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="does not hold"):
         PairTask.load(tmp_path)
+
+
+def test_a_blur_of_pictures_from_files_is_undone():
+    sharp = picture(32)
+    files = [(255 * one).round() / 255 for one in (Kernel(KERNEL)(sharp[None])[0], sharp)]
+    task = PairTask.fit([tuple(files)])
+    assert task.way == "restore" and task.sigma < 0.003
+
+
+def test_pairs_without_a_change_are_refused():
+    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="show no change"):
+        PairTask.fit([(picture, picture.clone())])

@@ -19,6 +19,7 @@ ASKED = 0.1  # the same where an operator is asked for
 NOISE = 0.5  # and where what is left looks like noise
 STRUCTURE = 0.3  # up to which likeness of neighbouring pixels it does
 CLEAN = 0.1  # likeness of neighbouring pixels up to which what is left is surely noise
+ROUNDED = 4 / 12 / 255**2  # a mean squared error that rounding to 8 bits may leave, whatever it looks like
 BETTER = 0.5  # what the other way of an operator must leave less than, as a share of the usual way's
 AGREE = {"direction": 0.2, "analogy": 0.1}  # the cosine of the pairs' changes; what others foretell of a pair
 SURE = 0.5  # the same where the outlines of before and after have nothing in common
@@ -104,7 +105,7 @@ def _operator(pairs, scores: list[Score], limit: float) -> tuple[Found | None, s
         if fitted is not None:
             best[way] = fitted
     if not best:
-        return None, "no operator was tried, as sizes differ by no one whole factor or a picture is of one colour"
+        return None, "no operator was tried, as no size is a whole multiple of the other, or a picture is of one colour"
     fine = {way: one for way, one in best.items() if _explains(one, limit)}
     if not fine:
         one = min(best.values(), key=lambda one: one.candidate.unexplained)
@@ -113,7 +114,7 @@ def _operator(pairs, scores: list[Score], limit: float) -> tuple[Found | None, s
             f"unexplained, and that is not noise (neighbouring pixels are {one.structure:.2f} alike)"
         )
     # the wrong way leaves outlines: a filter that undoes another, or that takes noise away, is never exact
-    clean = [way for way, one in fine.items() if abs(one.structure) <= CLEAN or one.candidate.error <= EXACT]
+    clean = [way for way, one in fine.items() if abs(one.structure) <= CLEAN or one.candidate.error <= ROUNDED]
     if clean:
         way = clean[0]
     else:

@@ -97,6 +97,8 @@ class PairTask:
         if mode in ("direction", "analogy") and encoder is None:
             raise ValueError(f"mode '{mode}' needs an encoder, images (B, 3, h, w) -> features (B, d)")
         pictures = _read(pairs)
+        if mode in ("auto", "operator") and all(torch.equal(before, after) for before, after in pictures):
+            raise ValueError("the pairs show no change: each picture before is the picture after")
         if inverse:
             pictures = [(after, before) for before, after in pictures]
         eyes = None if encoder is None else Encoder(encoder, size, mean, std)
@@ -228,6 +230,8 @@ def _read(pairs: Sequence[tuple[Picture, Picture]]) -> list[tuple[torch.Tensor, 
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"pair {i + 1} is not two pictures, (before, after)")
         before, after = (read_image(one).float() for one in pair)
+        if min(*before.shape[-2:], *after.shape[-2:]) < 2:
+            raise ValueError(f"pair {i + 1} holds a picture of less than 2 x 2 pixels")
         if not (before.isfinite().all() and after.isfinite().all()):
             raise ValueError(f"pair {i + 1} holds values that are not finite")
         read.append((before, after))
