@@ -88,8 +88,9 @@ def plot(curves: dict, path: Path) -> None:
         for way, points in ways.items():
             x = [work_of(n) for n in points]
             intercept, slope, _ = fitted(x, list(points.values()))
-            line = axis.plot(x, [intercept + slope * one for one in x], linewidth=1)[0]
-            axis.plot(x, list(points.values()), "o", markersize=4, color=line.get_color(), label=way)
+            color = f"C{list(WAYS).index(way)}"
+            axis.plot(x, [intercept + slope * one for one in x], linewidth=1, color=color)
+            axis.plot(x, list(points.values()), "o", markersize=4, color=color, label=way)
         axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
     first = figure.axes[0]
     first.set_ylabel("processor seconds of a call")

@@ -165,7 +165,7 @@ def tables(quick: bool) -> list[str]:
     for name, model in models().items():
         steps = 10 if model.shape[-1] < 64 else 2 if quick else 4  # what a call costs once weighs on short steps
         for batch in BATCHES[: 2 if quick else None]:
-            found = time_ways(model, batch, steps, repeats if batch < 16 or quick else 3)
+            found = time_ways(model, batch, steps if batch < 16 else max(2, steps // 2), repeats if batch == 1 else 3)
             ratios = {way: found[way] / found[f"{way}, by hand"] for way in WAYS[2:]}
             times.append(
                 f"| {name} | {batch} | {found['forward']:.4f} | {found[WAYS[1]]:.4f} | **{ratios['unguided']:.3f}** "

@@ -118,7 +118,7 @@ def measure(case: tuple, steps: int, repeats: int) -> dict[str, float]:
 def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) -> None:
     """Measure the plug-in, then the library's own loop, and write the tables."""
     torch.set_num_threads(1)
-    steps, repeats = (2, 2) if quick else (5, 9)
+    steps, repeats = (2, 2) if quick else (5, 6)
     lines = [
         "# What a guided call costs beyond its necessary passes",
         "",
