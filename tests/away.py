@@ -6,6 +6,7 @@ Its tensors say that they are on "meta", which torch knows everywhere and initia
 from __future__ import annotations
 
 import torch
+from lossguide.losses import network
 from lossguide.samplers.capture import _tensors, waits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -41,6 +42,14 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self.count = 0
+
+    def __enter__(self):
+        network._COPIES.clear()  # of constants, on torch's own "meta"
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        network._COPIES.clear()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
