@@ -138,7 +138,10 @@ def _told(one: Candidate) -> str:
 def _found(chosen: Fitted | Holes, way: str, pairs) -> Found:
     before, after = pairs[0]
     ratio = after.shape[-1] / before.shape[-1]
-    ways = dict(restore="the answer is what the query was made of", apply="the answer is what is made of the query")
+    ways = dict(
+        restore="undone: the answer is what the query was made of",
+        apply="done: the answer is what is made of the query",
+    )
     notes = [ways[way], f"noise of standard deviation {chosen.sigma:.5f}"]
     if isinstance(chosen, Holes):
         operator = None if chosen.holes is None else Inpaint(~chosen.holes)
