@@ -41,6 +41,16 @@ class Method:
         return {**self.settings, **self.by_work.get(work, {})}
 
 
+USUAL = (
+    Method("unguided", "unguided"),
+    Method("best of N", "best_of_n", candidates_at=25),
+    Method("auto", "auto"),
+    Method("auto, cost 1.3", "auto", dict(cost=1.3)),
+    Method("auto, cost 1", "auto", dict(cost=1.0)),
+)
+"""What every comparison holds the others against."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What `python -m benchmarks run NAME` measures and `report NAME` writes.

@@ -420,10 +420,12 @@ def test_graphs_are_recorded_as_torch_asks(monkeypatch):
         gc.enable()
 
 
-def test_a_failed_recording_says_what_to_do(monkeypatch):
+def recording_that_fails(monkeypatch, error: Exception) -> None:
+    """Record a graph on a stand-in for CUDA, which raises the error."""
+
     @contextmanager
     def graph(made, pool, stream):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise error
         yield
 
     stub = SimpleNamespace(wait_stream=lambda other: None)
@@ -437,32 +439,20 @@ def test_a_failed_recording_says_what_to_do(monkeypatch):
         "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    capture.graphs([lambda: None], torch.device("cpu"), capture._Shared())
+
+
+def test_a_failed_recording_says_what_to_do(monkeypatch):
     with pytest.raises(RuntimeError, match="not permitted.*use graphs=False"):
-        capture.graphs([lambda: None], torch.device("cpu"), capture._Shared())
+        recording_that_fails(monkeypatch, RuntimeError("operation not permitted when stream is capturing"))
 
 
 def test_too_little_memory_is_told_as_torch_tells_it(monkeypatch):
     """Also where torch has no `OutOfMemoryError` but its CUDA part's (2.4)."""
-
-    @contextmanager
-    def graph(made, pool, stream):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        yield
-
-    stub = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {
-        "device": lambda device: nullcontext(),
-        "graph_pool_handle": lambda: "pool",
-        "Stream": lambda: stub,
-        "current_stream": lambda: stub,
-        "stream": lambda stream: nullcontext(),
-        "CUDAGraph": SimpleNamespace,
-        "graph": graph,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     monkeypatch.delattr(torch, "OutOfMemoryError", raising=False)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="^CUDA out of memory$"):
-        capture.graphs([lambda: None], torch.device("cpu"), capture._Shared())
+        recording_that_fails(monkeypatch, error)
 
 
 def test_the_profile_counts_what_overlaps_once():

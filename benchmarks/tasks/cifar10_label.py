@@ -5,15 +5,12 @@ The model is trained by `python -m benchmarks.cifar10.train`. Settings: the defa
 """
 
 from .. import work_cifar
-from ..task import Method, Task
+from ..task import USUAL, Method, Task
 
 TASK = Task(
     works=[work_cifar.WORK],
     methods=[
-        Method("unguided", "unguided"),
-        Method("best of N", "best_of_n", candidates_at=25),
-        Method("auto", "auto"),
-        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
+        *USUAL,
         Method("mpgd", "mpgd"),
         Method("dps", "dps"),
         Method("tfg", "tfg"),

@@ -5,16 +5,12 @@ other seeds).
 """
 
 from .. import work_demo
-from ..task import Method, Task
+from ..task import USUAL, Method, Task
 
 TASK = Task(
     works=[work for work in work_demo.WORKS if work.name == "demo-label"],
     methods=[
-        Method("unguided", "unguided"),
-        Method("best of N", "best_of_n", candidates_at=25),
-        Method("auto", "auto"),
-        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
-        Method("auto, cost 1", "auto", dict(cost=1.0)),
+        *USUAL,
         Method("mpgd", "mpgd", dict(strength=8.0)),
         Method("dps", "dps", dict(strength=30.0)),
         Method("freedom", "freedom"),

@@ -4,16 +4,12 @@ Settings are defaults, and dps in the middle of its grid: no strength was search
 """
 
 from .. import work_place
-from ..task import Method, Task
+from ..task import USUAL, Method, Task
 
 TASK = Task(
     works=work_place.WORKS,
     methods=[
-        Method("unguided", "unguided"),
-        Method("best of N", "best_of_n", candidates_at=25),
-        Method("auto", "auto"),
-        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
-        Method("auto, cost 1", "auto", dict(cost=1.0)),
+        *USUAL,
         Method("mpgd", "mpgd"),
         Method("freedom", "freedom"),
         Method("dps", "dps", dict(strength=20.0)),

@@ -8,7 +8,7 @@ grid.
 from lossguide.guidance.steps import Adam, Chain, LevelRatio
 
 from .. import work_restore
-from ..task import Method, Task
+from ..task import USUAL, Method, Task
 
 SUPER, INPAINT, DEBLUR = (work.name for work in work_restore.WORKS)
 
@@ -16,11 +16,7 @@ TASK = Task(
     works=work_restore.WORKS,
     methods=[
         Method("trivial", "trivial"),
-        Method("unguided", "unguided"),
-        Method("best of N", "best_of_n", candidates_at=25),
-        Method("auto", "auto"),
-        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
-        Method("auto, cost 1", "auto", dict(cost=1.0)),
+        *USUAL,
         Method(
             "mpgd", "mpgd", by_work={SUPER: dict(strength=8.0), INPAINT: dict(strength=4.0), DEBLUR: dict(strength=4.0)}
         ),

@@ -4,16 +4,12 @@ Settings: the best of the grids of `run methods` (results/methods.jsonl, searche
 """
 
 from .. import work_look
-from ..task import Method, Task
+from ..task import USUAL, Method, Task
 
 TASK = Task(
     works=[work for work in work_look.WORKS if work.name == "real-style"],
     methods=[
-        Method("unguided", "unguided"),
-        Method("best of N", "best_of_n", candidates_at=25),
-        Method("auto", "auto"),
-        Method("auto, cost 1.3", "auto", dict(cost=1.3)),
-        Method("auto, cost 1", "auto", dict(cost=1.0)),
+        *USUAL,
         Method("mpgd", "mpgd", dict(strength=4.0)),
         Method("freedom", "freedom"),
         Method("tfg", "tfg", dict(rho=3000.0, mu=6000.0, sigma=0.01)),
