@@ -98,7 +98,7 @@ def auto(loss, strength: float = 1.0, cost: float | None = None, **changes: Any)
         if through > share or asked["time_travel"] is not None or asked.get("particles") is not None:
             more = [name for name in ("through", "through_share", "time_travel", "particles") if name in changes]
             raise ValueError(f"cost={cost} does not pay {' and '.join(more)} as given; leave out either")
-    if asked.get("through") == "x0":
+    if cost is not None and asked.get("through") == "x0":
         settings["edit"] = edit
     elif asked.get("through_share", 1) < 1:
         settings["edit_between"] = edit

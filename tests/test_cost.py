@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from lossguide.samplers import sample
 
 pytest.importorskip("fcntl")
 
@@ -39,6 +40,10 @@ def test_a_row_of_the_report_has_every_figure():
     assert "| 1 |  |  |  | 0.9 |" in cheap.line(work, rows, through=2.1, steps=50)
 
 
-def test_drawing_at_a_cost_takes_any_size():
-    for way in cost.WAYS:
-        cost.draw(way, batch=2, steps=2, copies=2, side=16, pictures=3)
+@pytest.mark.parametrize("way", cost.WAYS)
+def test_what_is_drawn_is_of_the_size_asked_for(way, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(cost, "sample", lambda *given, **more: drawn.append(sample(*given, **more)))
+    cost.draw(way, batch=2, steps=2, copies=2, side=16, pictures=3)
+    assert drawn[0].images.shape == (3, 1, 16, 16)
+    assert ("loss" in drawn[0].record.rows[0]) == (way != "unguided")
