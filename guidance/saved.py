@@ -32,7 +32,7 @@ from ..losses.network import describe_network
 from ..samplers.time_travel import TimeTravel
 from . import steps
 from .augment import Augment
-from .guidance import Guidance, Inner
+from .guidance import Guidance, Inner, Tokens
 from .particles import Particles
 from .proximal import Proximal
 from .smoothing import Smoothing
@@ -52,8 +52,9 @@ def _type(kind: type) -> str:
 _TYPES: dict[str, type] = {
     _type(kind): kind
     for kind in (
-        *(Guidance, Inner, Augment, Smoothing, Particles, Proximal, TimeTravel, Losses, Term, Pixels),
+        *(Guidance, Inner, Tokens, Augment, Smoothing, Particles, Proximal, TimeTravel, Losses, Term, Pixels),
         *_kinds(_losses, _losses.Loss),
+        *(_losses.Codebook, _losses.PatchFeatures),
         *_kinds(steps, steps.StepRule),
         *(kind for kind in _kinds(operators, operators.Operator) if kind is not operators.LinearOperator),
     )

@@ -10,6 +10,7 @@ from .check import Finding, Report, check
 from .classifier import ClassLabel
 from .clip import ClipDirection, ClipImage, ClipText
 from .color import Color
+from .contrastive import ContrastiveText, WordRelation
 from .depth import Depth
 from .detection import Detection
 from .diversity import Diversity
@@ -26,6 +27,7 @@ from .saliency import Saliency
 from .segmentation import Segmentation
 from .sketch import Sketch
 from .style import Style
+from .tokens import Codebook, FeatureLoss, PatchFeatures, TokenHistogramLoss, TokenLoss
 
 __all__ = [
     "Aesthetic",
@@ -34,12 +36,15 @@ __all__ = [
     "ClipDirection",
     "ClipImage",
     "ClipText",
+    "Codebook",
     "Color",
     "Composable",
+    "ContrastiveText",
     "Depth",
     "Detection",
     "Diversity",
     "FaceIdentity",
+    "FeatureLoss",
     "Finding",
     "Frames",
     "Landmarks",
@@ -47,6 +52,7 @@ __all__ = [
     "Losses",
     "Measurement",
     "PairTask",
+    "PatchFeatures",
     "Perceptual",
     "Report",
     "Saliency",
@@ -55,7 +61,10 @@ __all__ = [
     "Style",
     "Symmetry",
     "Term",
+    "TokenHistogramLoss",
+    "TokenLoss",
     "TotalVariation",
+    "WordRelation",
     "as_losses",
     "check",
     "measure",

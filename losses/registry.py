@@ -14,11 +14,13 @@ from .aesthetic import Aesthetic
 from .classifier import ClassLabel
 from .clip import DEFAULT_PRETRAINED, ClipImage, ClipText
 from .color import Color
+from .contrastive import ContrastiveText
 from .loss import Composable, Losses, as_losses
 from .perceptual import Perceptual
 from .regular import Symmetry, TotalVariation
 from .sketch import Sketch
 from .style import Style
+from .tokens import Codebook, FeatureLoss, PatchFeatures, TokenHistogramLoss, TokenLoss
 
 
 class Entry(NamedTuple):
@@ -33,9 +35,11 @@ class Entry(NamedTuple):
 
 _CLIP = "open_clip's weights"
 _ALEX = "torchvision's AlexNet weights"
+_CODEBOOK = "a codebook that Codebook.save wrote, and the weights of its encoder"
 _FOLDER = "a network; from a folder: transformers"
 _ENTRIES = (
     Entry("clip-text", "a text, by CLIP", "clip-text:an ankle boot", _CLIP),
+    Entry("contrast", "a text against its words in other places, by CLIP", "contrast:a boot left of a bag", _CLIP),
     Entry("clip-image", "a picture's content, by CLIP", "clip-image:photo.png", _CLIP),
     Entry("class-label", "a class of the demo classifier, by index or name", "class-label:9"),
     Entry("style", "a picture's style, by Gram matrices", "style:candy.jpg", "torchvision's VGG-16 weights"),
@@ -43,6 +47,9 @@ _ENTRIES = (
         "color", "a mean colour, a palette, or a picture's colours", "color:red, color:#ff0000,#00ff00, color:photo.png"
     ),
     Entry("perceptual", "a picture as people see it, by LPIPS (AlexNet)", "perceptual:photo.png", _ALEX),
+    Entry("features", "what a picture shows where, by CLIP's patches", "features:photo.png", _CLIP),
+    Entry("token", "the same in the words of a codebook", "token:codebook_folder@photo.png", _CODEBOOK),
+    Entry("token-histogram", "as many of each word, wherever", "token-histogram:codebook_folder@photo.png", _CODEBOOK),
     Entry(
         "aesthetic",
         "LAION's aesthetic score, by a head's file on CLIP ViT-L/14",
@@ -63,6 +70,12 @@ _ENTRIES = (
         "clip-direction",
         "a picture's change along that from one text to another, by CLIP",
         "in Python: ClipDirection('a photo', 'a watercolour', picture)",
+        _CLIP,
+    ),
+    Entry(
+        "word-relation",
+        "words that find different things, as alike as the words, by CLIP's patches",
+        "in Python: WordRelation('a boot left of a bag').calibrated(pictures)",
         _CLIP,
     ),
     Entry(
@@ -94,7 +107,7 @@ _ENTRIES = (
 )
 _ALONE = ("symmetry", "total-variation")  # the argument may be left out
 _PYTHON_ONLY = (
-    *("segmentation", "clip-direction", "measurement", "frames", "diversity"),
+    *("segmentation", "clip-direction", "word-relation", "measurement", "frames", "diversity"),
     *("saliency", "depth", "landmarks", "detection", "face-identity", "attribute"),
 )
 
@@ -120,7 +133,7 @@ def parse(
         text: 'clip-text:a boot', 'clip-image:photo.png', 'class-label:9', 'style:candy.jpg', 'color:red' (with commas
             a palette; or a picture), or 'path/to/file.py:function', the user's own. A weight may stand in front:
             '2.0*clip-text:a boot'. `available` tells the others.
-        clip_model, clip_pretrained: the model of clip-text and clip-image, and of style, as in `ClipText`.
+        clip_model, clip_pretrained: the model of clip-text, contrast and clip-image, and of style, as in `ClipText`.
         style_weights: a file of VGG-16 weights; with it, style takes its features from VGG-16.
 
     Raises:
@@ -142,11 +155,15 @@ def parse(
     style = {"backbone": "clip", **clip} if style_weights is None else {"weights": style_weights}
     makers: dict[str, Callable[[str], Composable]] = {
         "clip-text": lambda argument: ClipText(argument, **clip),
+        "contrast": lambda argument: ContrastiveText(argument, **clip),
         "clip-image": lambda argument: ClipImage(argument, **clip),
         "class-label": lambda argument: ClassLabel(int(argument) if re.fullmatch(r"[+-]?\d+", argument) else argument),
         "style": lambda argument: Style(argument, **style),
         "color": _color,
         "perceptual": lambda argument: Perceptual(argument),
+        "features": lambda argument: FeatureLoss(_clip_patches(clip_model, clip_pretrained), argument),
+        "token": lambda argument: TokenLoss(*_in_words("token", argument)),
+        "token-histogram": lambda argument: TokenHistogramLoss(*_in_words("token-histogram", argument)),
         "aesthetic": lambda argument: Aesthetic(argument),
         "sketch": lambda argument: Sketch(argument),
         "symmetry": lambda argument: Symmetry(argument) if argument else Symmetry(),
@@ -186,6 +203,21 @@ def _split_weight(text: str) -> tuple[float, str]:
 def _color(argument: str) -> Color:
     outside = re.split(r",(?![^(]*\))", argument)  # commas within rgb(...) stay
     return Color([part.strip() for part in outside] if len(outside) > 1 else argument)
+
+
+def _clip_patches(model: str, pretrained: str | None) -> PatchFeatures:
+    if model == "demo" or (Path(model) / "open_clip_config.json").is_file():
+        return PatchFeatures(model)
+    if model.startswith(("hf-hub:", "local-dir:")):
+        return PatchFeatures(f"open_clip:{model}")
+    return PatchFeatures(f"open_clip:{model.replace('/', '-')}/{pretrained or ''}")  # OpenAI writes ViT-B/32
+
+
+def _in_words(name: str, argument: str) -> tuple[Codebook, str]:
+    folder, at, picture = argument.partition("@")
+    if not (at and folder and picture):
+        raise ValueError(f"'{name}' needs a codebook's folder and a picture, '{name}:codebook_folder@photo.png'")
+    return Codebook.load(folder), picture
 
 
 def _own_function(path: Path, function: str) -> Composable | Callable:

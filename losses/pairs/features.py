@@ -20,7 +20,8 @@ class Encoder:
 
     Args:
         network: `FrozenNetwork`, module or callable, images `(B, 3, h, w)` -> features `(B, d)`, a map `(B, c, h, w)`
-            (whose mean is the features and whose pixels are the patches), or both, `(features, patches or map)`.
+            or patches `(B, P, c)`, such as a `PatchFeatures` (their mean is the features), or both, `(features, patches
+            or map)`.
     """
 
     def __init__(self, network: Callable[[torch.Tensor], Any], size=None, mean=None, std=None):
@@ -34,13 +35,14 @@ class Encoder:
             features, patches = output
         else:
             features, patches = output, None
-        if isinstance(features, torch.Tensor) and features.ndim == 4:
+        if isinstance(features, torch.Tensor) and features.ndim in (3, 4):
             patches = features if patches is None else patches
-            features = features.mean((2, 3))
+            features = features.mean((2, 3) if features.ndim == 4 else 1)
         if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(image):
             got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
             raise ValueError(
-                f"an encoder makes features (B, d), a map (B, c, h, w) or (features, patches) of images, got {got}"
+                f"an encoder makes features (B, d), a map (B, c, h, w), patches (B, P, c) or (features, patches) of "
+                f"images, got {got}"
             )
         if patches is not None and patches.ndim == 4:
             patches = patches.flatten(2).transpose(1, 2)
