@@ -14,8 +14,8 @@ SPREADS = ("posterior", "noise", "infinite")
 
 @dataclass(frozen=True)
 class Proximal:
-    """`r^2 B^T (r^2 B B^T + sigma^2)^{-1} (y - A(x0))`, B the operator (with the decoder): from x0 to the mean of
-    `N(x0, r^2)` given the measurement, by conjugate gradients.
+    """`r^2 B^T (B r^2 B^T + sigma^2)^{-1} (y - A(x0))`, B the operator (with the decoder): from x0 to the mean of
+    `N(x0, r^2)` given the measurement, by conjugate gradients. `r` differs per pixel where the level does.
 
     Args:
         spread: `r`: "posterior", `s / sqrt(a^2 + s^2)` (PiGDM); "noise", `s / a` (DiffPIR); "infinite", which fits the
@@ -34,6 +34,13 @@ class Proximal:
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight is positive, got {self.weight}")
 
+    def spread_at(self, level: Level) -> torch.Tensor | None:
+        """`r^2` over the weight; None where it is infinite."""
+        if self.spread == "infinite":
+            return None
+        variance = level.sigma**2 / (1.0 if self.spread == "posterior" else level.alpha**2) / self.weight
+        return variance / (level.alpha**2 + level.sigma**2) if self.spread == "posterior" else variance
+
     def displacement(
         self, x0: torch.Tensor, measured: Callable[[torch.Tensor], tuple[torch.Tensor, float]], level: Level
     ) -> torch.Tensor:
@@ -43,15 +50,18 @@ class Proximal:
             rest, sigma = measured(leaf)
 
         def transposed(u: torch.Tensor) -> torch.Tensor:
-            return -torch.autograd.grad(rest, leaf, u, retain_graph=True)[0]
+            found = -torch.autograd.grad(rest, leaf, u, retain_graph=True)[0]
+            return found if share is None else share * found
 
-        wanted = rest.detach()
-        if self.spread == "infinite":
+        wanted, share = rest.detach(), None
+        variance = self.spread_at(level)
+        if variance is None:
             ratio = 0.0
+        elif variance.dim():  # the measurement has another shape, so that only numbers per sample meet it
+            largest = variance.flatten(1).amax(1)
+            share = (variance / largest.view(-1, *[1] * (x0.dim() - 1))).to(x0)
+            ratio = sigma**2 / largest.clamp_min(1e-12).to(x0).view(-1, *[1] * (wanted.dim() - 1))
         else:
-            variance = level.sigma**2 / (1.0 if self.spread == "posterior" else level.alpha**2) / self.weight
-            if self.spread == "posterior":
-                variance = variance / (level.alpha**2 + level.sigma**2)
             ratio = sigma**2 / variance.clamp_min(1e-12).to(x0)
 
         def normal(u: torch.Tensor) -> torch.Tensor:

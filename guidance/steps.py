@@ -33,6 +33,10 @@ class Signal:
         landed: where the solver's own step lands, or None where the rule has to be asked before it.
         drawn: the noise that was put on the anchor (edit "anchor"), else None.
         random: whether the solver draws noise, where that is known.
+        metric: where pixels differ in their level, what turns the gradient into a step of the edit, per pixel; else
+            None.
+        metric_x0: the same for a gradient at x0.
+        dual: what `gradient` and `at_x0` are weighed by already where the levels differ, or None.
         count: how many elements of each sample may move, `(B, 1, ...)`; None for all. The others are zero everywhere.
     """
 
@@ -50,7 +54,31 @@ class Signal:
     landed: torch.Tensor | None = None
     drawn: torch.Tensor | None = None
     random: bool | None = None
+    metric: torch.Tensor | None = None
+    metric_x0: torch.Tensor | None = None
+    dual: torch.Tensor | None = None
     count: torch.Tensor | None = None
+
+    @property
+    def slope(self) -> torch.Tensor:
+        """The gradient, without what it is weighed by."""
+        return self.gradient if self.dual is None else self.gradient / self.dual
+
+    @property
+    def whitened(self) -> torch.Tensor:
+        """The gradient in coordinates in which the metric M is one: `sqrt(M) g`."""
+        return self.gradient if self.metric is None else self.metric.sqrt() * self.slope
+
+    @property
+    def whitened_x0(self) -> torch.Tensor:
+        """The same of the gradient at x0."""
+        if self.metric_x0 is None:
+            return self.at_x0
+        return self.metric_x0.sqrt() * (self.at_x0 if self.dual is None else self.at_x0 / self.dual)
+
+    def back(self, step: torch.Tensor) -> torch.Tensor:
+        """A step in those coordinates as one of the sample."""
+        return step if self.metric is None else self.metric.sqrt() * step
 
     @property
     def root(self) -> float | torch.Tensor:
@@ -78,10 +106,12 @@ class UnsuitableSolver(ValueError):
 class StepRule:
     """Base class: `init(x) -> state`, `update(signal, state) -> (step, state)`; the step is subtracted.
 
-    A rule that `scales_itself` heeds `signal.strength`; the steps of others are multiplied by it.
+    A rule that `scales_itself` heeds `signal.strength`; the steps of others are multiplied by it. A `natural` rule
+    steps in the signal's metric where pixels differ in their level; others know the gradient and the levels alone.
     """
 
     scales_itself = False
+    natural = False
 
     def init(self, x: torch.Tensor) -> Any:
         """The state before the first step, for samples `x`."""
@@ -154,9 +184,10 @@ class Unit(StepRule):
     """`size * sqrt(n) * g / ||g||`, n the number of elements: root mean square `size` whatever the loss."""
 
     size: float = 0.01
+    natural = True
 
     def update(self, signal, state):
-        return self.size * signal.root * unit(signal.gradient), state
+        return self.size * signal.root * unit(signal.back(signal.whitened)), state
 
 
 @dataclass(frozen=True)
@@ -165,15 +196,18 @@ class Polyak(StepRule):
     Shen et al. 2024."""
 
     eta: float = 1.0
+    natural = True
 
     def update(self, signal, state):
-        length = norm(signal.gradient)
-        return self.eta * _over(norm(signal.noise), length) * unit(signal.gradient), state
+        g = signal.whitened
+        return signal.back(self.eta * _over(norm(signal.noise), norm(g)) * unit(g)), state
 
 
 @dataclass(frozen=True)
 class PolyakToFloor(StepRule):
     """`max(L - L*, 0) / ||g||^2 * g`: Polyak's own step (1969), with a target loss and a cap.
+
+    Where pixels differ in their level, `max(L - L*, 0) / <g, M g> * M g`, M the metric of the edit.
 
     Args:
         target: `L*`; None for the loss's own floor (a measurement's noise level), 0 where that is not known.
@@ -182,15 +216,19 @@ class PolyakToFloor(StepRule):
 
     target: float | None = None
     cap: float | None = None
+    natural = True
 
     def update(self, signal, state):
         floor = signal.floor if self.target is None else self.target
         gap = signal.loss if floor is None else signal.loss - floor
-        length = norm(signal.gradient)
+        g = signal.whitened
+        length = norm(g)
         length = _over(per_sample(gap.clamp_min(0), length), length)
+        direction = signal.back(unit(g))
         if self.cap is not None:
-            length = length.clamp_max(self.cap * signal.root)
-        return length * unit(signal.gradient), state
+            most = self.cap * signal.root
+            length = length.clamp_max(most if signal.metric is None else most / norm(direction))
+        return length * direction, state
 
 
 @dataclass(frozen=True)
@@ -200,14 +238,15 @@ class Reach(StepRule):
 
     With `g_0` Polyak's step at x0 this is Polyak's step through the denoiser; `g_0` may as well be what several steps,
     or a proximal point, reach at x0. Sizes from 1 to 2 over-relax (Kaczmarz; Agmon 1954).
+    Where pixels differ in their level, both lengths are those of their metrics.
     """
 
     size: float = 1.0
+    natural = True
 
     def update(self, signal, state):
-        length = norm(signal.gradient)
-        ratio = _over(norm(signal.at_x0), length)
-        return self.size * ratio * norm(signal.at_x0) * unit(signal.gradient), state
+        g, reach = signal.whitened, norm(signal.whitened_x0)
+        return signal.back(self.size * _over(reach, norm(g)) * reach * unit(g)), state
 
 
 @dataclass(frozen=True)
@@ -215,7 +254,7 @@ class NoiseScaled(StepRule):
     """`k * sqrt(n) * s_step * g / ||g||`, `s_step` the spread of the noise that an ancestral solver draws at this step.
 
     As long as the sampler's own noise, whatever the loss's scale: the radius of DSG (Yang et al. 2024), without its
-    mixing.
+    mixing. Where pixels differ in their level, `k * sqrt(n) * S^2 g / ||S g||`, S the spread of each pixel's noise.
 
     Args:
         k: the share of the noise's length.
@@ -226,16 +265,18 @@ class NoiseScaled(StepRule):
 
     k: float = 0.2
     fading: bool = False
+    natural = True
 
     def update(self, signal, state):
-        radius = self.k * signal.root * signal.level.step_std(signal.next_level)
+        spread = signal.level.step_std(signal.next_level)
+        radius = self.k * signal.root * spread
         if self.fading:
             levels = signal.levels
             if state is None:  # counted once; Heun's half-steps, which stay at a level, are none
                 state = max(sum(not torch.equal(a.sigma, b.sigma) for a, b in zip(levels, levels[1:])), 1)
             share = min((50 / state) ** 0.5, 2.5) * (0.5 if signal.random is False else 1.0)
             radius = share * radius * signal.level.sigma
-        return radius * unit(signal.gradient), state
+        return radius * unit(signal.gradient if signal.metric is None else spread * signal.slope), state
 
 
 @dataclass(frozen=True)
@@ -339,17 +380,15 @@ class Spherical(StepRule):
             raise UnsuitableSolver(none)
         if not bool((step_std > 0).any()):
             return torch.zeros_like(signal.gradient), state
-        radius = signal.root * step_std
         mean = signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
-        drawn = signal.landed - mean
+        drawn = _over(signal.landed - mean, step_std)  # in units of each pixel's own noise
         along = (unit(drawn) * unit(signal.noise)).flatten(1).sum(1)
         # asked once, as the host waits for the answer
-        if state is None and bool((norm(drawn) < 0.5 * radius).all() | (along > 0.9).all()):
+        if state is None and bool((norm(drawn) < 0.5 * signal.root).all() | (along > 0.9).all()):
             raise UnsuitableSolver(none)
-        wanted = -radius * unit(signal.gradient)
-        return signal.landed - (
-            mean + radius * unit(drawn + min(1.0, self.k * signal.strength) * (wanted - drawn))
-        ), True
+        wanted = -signal.root * unit(signal.gradient if signal.metric is None else step_std * signal.slope)
+        turned = signal.root * unit(drawn + min(1.0, self.k * signal.strength) * (wanted - drawn))
+        return signal.landed - (mean + step_std * turned), True
 
 
 @dataclass(frozen=True)
@@ -372,10 +411,9 @@ class AsScore(StepRule):
 
     def update(self, signal, state):
         level, after = signal.level, signal.next_level
-        ratio = _over(after.alpha, level.alpha)
-        variance = level.sigma**2 - _over(after.sigma, ratio) ** 2
-        draws = (level.step_std(after) > 0).to(variance)
-        return self.size * draws * ratio * variance * signal.gradient, state
+        gain = level.score_gain(after)
+        draws = (level.step_std(after) > 0).to(gain)
+        return self.size * draws * gain * signal.gradient, state
 
 
 @dataclass(frozen=True)
@@ -397,6 +435,7 @@ class Shortest(StepRule):
     """The shortest, per sample, of the steps that several rules propose."""
 
     rules: tuple[StepRule, ...]
+    natural = True
 
     def init(self, x):
         return tuple(rule.init(x) for rule in self.rules)
@@ -422,6 +461,35 @@ class Chain(StepRule):
         after = []
         for rule, own in zip(self.rules, state):
             step, own = rule.update(signal, own)
-            signal = replace(signal, gradient=step)
+            signal = replace(signal, gradient=step, **(dict(metric=None, dual=None) if rule.natural else {}))
             after.append(own)
         return signal.gradient, tuple(after)
+
+
+@dataclass(frozen=True)
+class Fisher(StepRule):
+    """A rule in the metric of the softmax over the first axis, for logits: `M = 1 / (p + damping)` (Amari 1998).
+
+    A logit's gradient is its token's probability times how far the token is from the mean in what the loss wants;
+    without the probability, which the metric takes away, unlikely tokens are heard as well.
+
+    Args:
+        rule: one that steps in the signal's metric.
+        damping: the probability below which a token counts less and less.
+    """
+
+    rule: StepRule = PolyakToFloor()
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.rule.natural:
+            raise ValueError(f"{type(self.rule).__name__} knows no metric")
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(f"damping is positive, got {self.damping}")
+
+    def init(self, x):
+        return self.rule.init(x)
+
+    def update(self, signal, state):
+        metric = 1 / (signal.x0.softmax(1) + self.damping)
+        return self.rule.update(replace(signal, metric=metric), state)

@@ -22,6 +22,7 @@ class Denoiser:
         kind: what the model predicts, or None for what the scheduler says.
         decode: sample -> picture `(B, 3, H, W)` in [0, 1] that losses see, differentiable.
         device, dtype: where and in what precision the model runs.
+        per_pixel: whether the model is told the level of every pixel, `(x_t, gamma) -> prediction`.
     """
 
     model: Callable
@@ -31,9 +32,10 @@ class Denoiser:
     decode: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
     dtype: torch.dtype
+    per_pixel: bool = False
 
     def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the model returns at model input `x` and timestep `t`, in the dtype of `x`.
+        """What the model returns at model input `x` and timestep `t` (or the map gamma), in the dtype of `x`.
 
         The prediction `(B, C, H, W)`; `(B, 2 C, H, W)` from a model that also predicts a variance.
         """
@@ -60,6 +62,7 @@ def denoiser(
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    per_pixel: bool | None = None,
 ) -> Denoiser:
     """Adapt a model to the sampling loop.
 
@@ -73,9 +76,13 @@ def denoiser(
         decode: sample -> picture for the losses, differentiable; by default from [-1, 1] to [0, 1], one channel
             repeated to three.
         device, dtype: where and in what precision the model runs; by default as its parameters, else CPU, float32.
+        per_pixel: that the model is made for a `MultivariateScheduler`: it gets the map `gamma`, `(B, C, H, W)` in
+            float32, the log of noise over signal of every pixel, in place of `t`; by default the model's own attribute
+            `per_pixel`, else False.
 
     Raises:
-        TypeError: the model is not callable, or is a whole pipeline.
+        TypeError: the model is not callable, or is a whole pipeline; or either model or scheduler works per pixel and
+            the other does not.
         ValueError: there is no such kind, or the model does not tell its shape and none is given.
     """
     if hasattr(model, "components") and hasattr(model, "scheduler"):
@@ -86,6 +93,7 @@ def denoiser(
         raise TypeError(f"a denoiser is a callable (x_t, t) -> prediction, got {type(model).__name__}")
     if kind is not None:
         check_kind(kind)
+    per_pixel = _per_pixel(model, scheduler, per_pixel)
     if shape is None:
         config = getattr(model, "config", None)
         size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
@@ -97,7 +105,26 @@ def denoiser(
     parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
     own = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
     device = own[0] if device is None else torch.device(device)
-    return Denoiser(model, scheduler, tuple(shape), kind, decode or as_picture, device, dtype or own[1])
+    return Denoiser(model, scheduler, tuple(shape), kind, decode or as_picture, device, dtype or own[1], per_pixel)
+
+
+def _per_pixel(model: Callable, scheduler, declared: bool | None) -> bool:
+    """Whether model and scheduler both work per pixel; a network's word is not taken where it is known better."""
+    name = type(model).__name__
+    known = type(model).__module__.startswith("diffusers.")  # told one time for all
+    able = not known and bool(getattr(model, "per_pixel", False) if declared is None else declared)
+    if getattr(scheduler, "per_pixel", False) and not able:
+        raise TypeError(
+            f"{type(scheduler).__name__} gives every pixel a level of its own, and {name} is told one time for all, so "
+            "that its predictions would be wrong: take a network made for it, (x_t, gamma) -> prediction with gamma of "
+            "the shape of x_t, and say so by per_pixel=True; or take the scheduler that this one was trained with"
+        )
+    if able and not getattr(scheduler, "per_pixel", False):
+        raise TypeError(
+            f"{name} is told the level of every pixel, which {type(scheduler).__name__} does not know: use "
+            "MultivariateScheduler, with ScalarGamma where all pixels share one"
+        )
+    return able
 
 
 def as_picture(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .gamma import alpha as alpha_of
+from .gamma import sigma as sigma_of
+
 _UNREADABLE = ("CMStochastic",)  # its sigmas are not the levels at which the model is asked
 KINDS = ("epsilon", "sample", "v_prediction", "flow", "reverse-flow", "edm", "edm-v")
 
@@ -19,6 +22,9 @@ KINDS = ("epsilon", "sample", "v_prediction", "flow", "reverse-flow", "edm", "ed
 class Level:
     """A noise level; `sigma_data` matters only to models in EDM's parametrisation ("edm").
 
+    `gamma = log(sigma^2 / alpha^2)` is known of variance-preserving levels that were made from it (`of_gamma`); what is
+    lost from level to level is then computed from it, where differences of squares would be round-off.
+
     Scalars are kept as 0-dimensional float64 tensors on the CPU: they combine with a sample on any device, in the
     sample's own dtype, without a synchronisation.
     """
@@ -26,6 +32,18 @@ class Level:
     alpha: torch.Tensor
     sigma: torch.Tensor
     sigma_data: float = 0.5
+    gamma: torch.Tensor | None = None
+
+    @classmethod
+    def of_gamma(cls, gamma: torch.Tensor) -> Level:
+        """The level `a^2 = sigmoid(-gamma)`, `s^2 = sigmoid(gamma)`, broadcastable to the sample (Kingma et al. 2021);
+        minus infinity is no noise."""
+        return cls(alpha_of(gamma), sigma_of(gamma), gamma=gamma)
+
+    @property
+    def per_pixel(self) -> bool:
+        """Whether the pixels of a sample may differ."""
+        return any(value.dim() > 1 and value[0].numel() > 1 for value in (self.alpha, self.sigma))
 
     @classmethod
     def of(cls, alpha: float | torch.Tensor, sigma: float | torch.Tensor, sigma_data: float = 0.5) -> Level:
@@ -115,13 +133,17 @@ class Level:
 
         The marginal law of the result is that of `to`.
         """
-        r = to.alpha / self.alpha
-        return r * x + (to.sigma**2 - (r * self.sigma) ** 2).clamp_min(0).sqrt() * noise
+        return to.alpha / self.alpha * x + to.sigma * to.shared(self)[1].sqrt() * noise
 
     @property
     def signal_share(self) -> torch.Tensor:
         """`a^2 / (a^2 + s^2)`, the cumulative `abar` of the variance-preserving model at the same signal-to-noise."""
         return self.alpha**2 / (self.alpha**2 + self.sigma**2)
+
+    @property
+    def x0_variance(self) -> torch.Tensor:
+        """`s^2 / (a^2 + s^2)`: how uncertain x0 is, of data of variance one."""
+        return self.sigma**2 / (self.alpha**2 + self.sigma**2)
 
     @property
     def progress(self) -> float:
@@ -137,16 +159,20 @@ class Level:
     @property
     def stretch(self) -> torch.Tensor:
         """By how much sigma space (`alpha = 1`) is wider than variance-preserving coordinates; one for other levels."""
+        if self.gamma is not None:
+            return torch.ones((), dtype=torch.float64)
         return torch.where(self.alpha == 1, (1 + self.sigma**2).sqrt(), 1.0)
 
     def preserving(self) -> Level:
         """The same level in variance-preserving coordinates, `x / stretch`; other levels than sigma space's as they
         are."""
+        if self.gamma is not None:
+            return self
         return Level(self.alpha / self.stretch, self.sigma / self.stretch, self.sigma_data)
 
     def ancestral_mean(self, to: Level, x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The mean of an ancestral step to the cleaner level `to`: `a' x0 + sqrt(s'^2 - s_step^2) noise`."""
-        return to.alpha * x0 + (to.sigma**2 - self.step_std(to) ** 2).clamp_min(0).sqrt() * noise
+        return to.alpha * x0 + to.sigma * self.shared(to)[0].sqrt() * noise
 
     def step_std(self, to: Level) -> torch.Tensor:
         """Standard deviation of the noise that an ancestral solver draws from this level to the cleaner `to`.
@@ -154,19 +180,35 @@ class Level:
         `s' sqrt(1 - (a / a')^2 s'^2 / s^2)`, the spread of `q(x_to | x, x_0)`: DDIM's with eta = 1, DDPM's small
         variance, Euler-ancestral's `sigma_up`.
         """
-        s = self.sigma.clamp_min(1e-20)
-        return to.sigma * (1 - (self.alpha / to.alpha * to.sigma / s) ** 2).clamp_min(0).sqrt()
+        return to.sigma * self.shared(to)[1].sqrt()
+
+    def shared(self, to: Level) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(a s' / (a' s))^2`, what an ancestral step to the cleaner level `to` keeps of the noise's variance, and
+        `c`, one minus that, which it draws anew."""
+        if self.gamma is not None and to.gamma is not None:
+            apart = (to.gamma - self.gamma).clamp_max(0)
+            return apart.exp(), -torch.expm1(apart)
+        kept = (self.alpha / to.alpha * to.sigma / self.sigma.clamp_min(1e-20)) ** 2
+        return kept.clamp_max(1), (1 - kept).clamp_min(0)
+
+    def score_gain(self, to: Level) -> torch.Tensor:
+        """`P = (a'/a) s^2 c`: a score that is larger by `g` moves the mean of an ancestral step to `to` by `P g`."""
+        ratio = torch.where(self.alpha > 0, to.alpha / self.alpha.clamp_min(1e-20), 0)
+        return ratio * self.sigma**2 * self.shared(to)[1]
 
 
 def scheduler_levels(scheduler) -> list[Level]:
     """The levels that a diffusers scheduler visits, after `set_timesteps`: one per entry of `timesteps`, and the last.
 
     Reads variance-preserving schedulers (DDPM, DDIM, PNDM, LCM, DPM-Solver, UniPC ...), samplers in Karras' sigma
-    space (Euler, Heun, LMS ...), EDM and flow matching, in the scale in which `scheduler.step` sees the sample.
+    space (Euler, Heun, LMS ...), EDM, flow matching and the per-pixel `MultivariateScheduler`, in the scale in which
+    `scheduler.step` sees the sample.
 
     Raises:
         ValueError: the scheduler's noise level cannot be read.
     """
+    if getattr(scheduler, "gammas", None):
+        return [Level.of_gamma(gamma) for gamma in scheduler.gammas]
     name, config = type(scheduler).__name__, scheduler.config
     count = len(scheduler.timesteps)
     sigmas = getattr(scheduler, "sigmas", None)

@@ -19,9 +19,10 @@ class Record:
     """One row per visited step, in order.
 
     A row is a dict: `step` (index into the solver's steps), `visit` (0, or the number of the repeat under time travel),
-    `timestep`, `alpha`, `sigma`, `progress` in [0, 1), `terms` (name -> loss `(B,)`, unweighted), `loss` (the weighted
-    sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`, `peak_memory` (the process's so far, in bytes, CUDA
-    only). Steps that were not guided have no loss. Values stay on the device until they are read.
+    `timestep`, `alpha` and `sigma` (their means where pixels differ), `progress` in [0, 1), `terms` (name -> loss
+    `(B,)`, unweighted), `loss` (the weighted sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`,
+    `peak_memory` (the process's so far, in bytes, CUDA only). Steps that were not guided have no loss. Values stay on
+    the device until they are read.
     """
 
     def __init__(self) -> None:

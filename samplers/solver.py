@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,10 +39,29 @@ class Solver:
         self._step_options = set(inspect.signature(type(scheduler).step).parameters)
 
     @classmethod
-    def of(cls, scheduler, steps: int, device: torch.device | str = "cpu") -> Solver:
-        """A solver of `steps` steps over a copy of the scheduler, which itself is never touched."""
+    def of(
+        cls,
+        scheduler,
+        steps: int,
+        device: torch.device | str = "cpu",
+        sources: list[torch.Generator] | None = None,
+        candidates: int = 1,
+    ) -> Solver:
+        """A solver of `steps` steps over a copy of the scheduler, which itself is never touched.
+
+        A schedule that depends on a latent gets one per picture, drawn from `sources`, which its `candidates` share.
+        """
         scheduler = copy.deepcopy(scheduler)
-        scheduler.set_timesteps(steps, device="cpu")  # it looks numbers up by them, for which no step should wait
+        if getattr(scheduler, "per_pixel", False):
+            scheduler.gamma.to("cpu")
+            latent = scheduler.gamma.latent
+            if latent and sources is None:
+                raise ValueError("this schedule depends on a latent: Solver.of needs sources to draw it from")
+            z = randn((latent,), sources).repeat(candidates, 1) if latent else None
+            scheduler.set_timesteps(steps, z=z)
+            scheduler.gammas = [one.to(device) for one in scheduler.gammas]
+        else:
+            scheduler.set_timesteps(steps, device="cpu")  # it looks numbers up by them, for which no step should wait
         solver = cls(scheduler)
         single = solver.timesteps.dtype == torch.float64  # which MPS does not have
         solver.timesteps = (solver.timesteps.float() if single else solver.timesteps).to(device)
@@ -54,6 +74,23 @@ class Solver:
     def initial_sigma(self) -> float:
         """Standard deviation of the noise that sampling starts from."""
         return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    @cached_property
+    def progress(self) -> list[float]:
+        """How far each step's level has come, on the noise's clock."""
+        clock = self.scheduler.progress_levels() if self.per_pixel else self.levels[:-1]
+        return [level.progress for level in clock]
+
+    @property
+    def per_pixel(self) -> bool:
+        """Whether the model is told the level of every pixel."""
+        return getattr(self.scheduler, "per_pixel", False)
+
+    def told(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """What the model is told of the level: the timestep, or of a per-pixel schedule the map gamma, like `x`."""
+        if not self.per_pixel:
+            return self.timesteps[index]
+        return self.levels[index].gamma.expand_as(x)
 
     def model_input(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The sample as the model wants it: the scheduler's own scaling."""
