@@ -21,6 +21,7 @@ from lossguide.losses.demo import CLASSES, classifier
 from lossguide.samplers import Denoiser, load_demo, sample
 from torchvision.utils import make_grid, save_image
 
+from . import meter
 from .demo.data import fashion_mnist
 from .metrics import frechet_by_class
 from .rows import Rows, digest_of
@@ -133,9 +134,13 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
         if found is None:
             forward = bare_forward(model, 10 * min(CHUNK, pictures))
             images, labels, seconds, visits = generate(model, recipe, strength, pictures, seed)
+            likely = {}
+            if stage == "final":
+                likely["per_picture"] = {meter.FIGURE: [round(v, 5) for v in meter.bits(model, images).tolist()]}
             found = rows.add(
                 key
                 | judge(images, labels)
+                | likely
                 | dict(
                     seconds_per_visit=seconds,
                     forward_seconds=forward,
@@ -179,6 +184,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
 
 def table(final: list[dict], real: dict, real_accuracy: float, per_class: int) -> str:
     """The report in Markdown."""
+    unguided = next((row for row in final if row["recipe"] is None), None)
     lines = [
         f"# Text guidance of the demo model, {per_class} pictures of each of ten classes, {STEPS} steps of DDIM, eta 1",
         "",
@@ -187,22 +193,25 @@ def table(final: list[dict], real: dict, real_accuracy: float, per_class: int) -
         f"The judge, which never guides, is right on {real_accuracy:.3f} of the 10,000 real test pictures. Frechet "
         "distance: in the judge's penultimate features, to the real test pictures of the class, mean over classes. "
         "Peers run at the best strength of a grid (by Frechet distance, on other seeds); auto at its default. "
-        "`x forward`: median time of a visited step over that of one bare forward of the denoiser in the same run.",
+        "`x forward`: median time of a visited step over that of one bare forward of the denoiser in the same run. "
+        "Log-likelihood: its change from the unguided pictures of the same seeds, under the model itself.",
         "",
         "| recipe | strength | judge accuracy | share of real | guide accuracy | Frechet by class | visited steps "
-        "| x forward per visit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| x forward per visit | log-likelihood, bits/dim |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in final:
+        likely = meter.changed(row, unguided)
         lines.append(
             f"| {row['recipe'] or 'unguided'} | {row['strength'] if row['recipe'] else '-'} | {row['accuracy']:.3f} | "
             f"{row['accuracy'] / real_accuracy:.3f} | {row['guide_accuracy']:.3f} | "
             f"{row['frechet']:.2f} | {row['visits']} | "
-            f"{row['seconds_per_visit'] / row['forward_seconds']:.2f} |"
+            f"{row['seconds_per_visit'] / row['forward_seconds']:.2f} | "
+            f"{'' if likely is None else f'{likely[0]:+.3f} ± {likely[1]:.2g}'} |"
         )
     lines += [
         f"| real training pictures | - | {real['accuracy']:.3f} | | {real['guide_accuracy']:.3f} | "
-        f"{real['frechet']:.2f} | | |",
+        f"{real['frechet']:.2f} | | | |",
         "",
     ]
     auto = next(row for row in final if row["recipe"] == "auto")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lossguide.guidance.contact_sheet import to_pil
 from PIL import Image
 
-from . import compare, methods_report, task, trial
+from . import compare, meter, methods_report, task, trial
 from .compare import RESULTS, STRIPS
 from .task import CLOCKS, Task
 from .work import Work
@@ -147,6 +147,9 @@ def summary(work: Work, measured: Measured, clock: str) -> list[str]:
     """Methods against budgets: the figure that counts."""
     budgets = measured.budgets
     lines = [f"| method | settings | {' | '.join(f'{b:g}' for b in budgets)} |", "|---|---|" + "---|" * len(budgets)]
+    likely = _likelihood(work, measured, clock)
+    if likely:
+        lines = [f"{lines[0]} log-likelihood at {measured.task.budgets[0]:g}, bits/dim |", f"{lines[1]}---|"]
     columns = {}
     for budget in budgets:
         values = {}
@@ -164,7 +167,19 @@ def summary(work: Work, measured: Measured, clock: str) -> list[str]:
             cells.append(_cell(row, work, columns[budget], clock, budget))
         if any(cells):
             lines.append(f"| {method} | {_settings(change)} | {' | '.join(cells)} |")
+            lines[-1] += f" {likely.get(method, '')} |" if likely else ""
     return lines
+
+
+def _likelihood(work: Work, measured: Measured, clock: str) -> dict[str, str]:
+    """By method the change of the log-likelihood from the unguided pictures, at the most telling budget."""
+    budget, cells = measured.task.budgets[0], {}
+    unguided = measured.row(work, "unguided", "calls", budget)
+    for method in measured.methods(work):
+        found = meter.changed(measured.row(work, method, clock, budget), unguided)
+        if found is not None and method != "unguided":
+            cells[method] = f"{found[0]:+.3f}" + (f" ± {found[1]:.2g}" if found[1] is not None else "")
+    return cells
 
 
 def _cell(row: dict | None, work: Work, best: float | None, clock: str, budget: float) -> str:

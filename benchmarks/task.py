@@ -62,6 +62,7 @@ class Task:
         pictures: of the set, at most.
         which: the set, one of `work.SETS`.
         dtype: the denoiser's precision.
+        likelihood: also ask the model how likely the pictures are, for the column that `meter` gives a report.
         quick: what `--quick` changes of the above.
         note: for the report.
     """
@@ -72,6 +73,7 @@ class Task:
     pictures: int = 8
     which: str = "evaluation"
     dtype: torch.dtype = torch.bfloat16
+    likelihood: bool = False
     quick: Mapping = field(default_factory=lambda: dict(budgets=(12,), pictures=2))
     note: str = ""
 

@@ -15,7 +15,7 @@ from lossguide.losses import as_losses
 from lossguide.samplers import Denoiser
 from lossguide.samplers.plain import plain
 
-from . import budget, methods_report, runs, task
+from . import budget, meter, methods_report, runs, task
 from .grids import ETA
 from .methods import settings_digest
 from .task import Method, Task
@@ -166,6 +166,8 @@ class Trial:
         if strips is not None:
             methods_report.save_strip(strips / self.work.name / f"{strip_name(self.key)}.png", images)
         judged = self.pictures.judge(images) | {"guide": self.guide(images)}
+        if self.task.likelihood:
+            judged[meter.FIGURE] = meter.bits(runs.model_in(self.work.model, torch.float32), images, self.seeds)
         row = {**self.key, self.counted: count, **runs.figures(judged), **cost, **about}
         if self.pictures.whole is not None:
             for name, (value, error) in self.pictures.whole(images).items():

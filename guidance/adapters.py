@@ -102,6 +102,14 @@ def denormalised(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     return z if mean is None or std is None else z * std + mean
 
 
+def normalised(z: torch.Tensor, vae: Any) -> torch.Tensor:
+    """The inverse of `denormalised`: an autoencoder's own latents as the model that denoises knows them."""
+    config = vae.config
+    mean, std = (_per_channel(vae, name, z) for name in ("latents_mean", "latents_std"))
+    z = z if mean is None or std is None else (z - mean) / std
+    return (z - (getattr(config, "shift_factor", None) or 0.0)) * (getattr(config, "scaling_factor", None) or 1.0)
+
+
 def _per_channel(vae: Any, name: str, latents: torch.Tensor) -> torch.Tensor | None:
     value = getattr(vae.config, name, None)
     value = dict(vae.named_buffers(recurse=False)).get(name) if value is None else value

@@ -15,11 +15,15 @@ from ..losses.loss import Composable, as_losses
 from . import cli_output as output
 from . import cli_restore as restoring
 from . import recipes as methods
+from .cli_change import change_options, take_change
 from .cli_check import check_command
 from .cli_imitate import imitate_command
 from .cli_job import BAD, Job, Problem, told
+from .cli_large import draw_many, is_large
 from .cli_model import check_model
 from .cli_options import shared
+from .cli_rerank import check_rerank, draw_reranked, rerank_options
+from .cli_tokens import NAME as TOKENS
 from .cli_tune import tune_command
 from .contact_sheet import Block
 
@@ -67,9 +71,7 @@ def main(context: click.Context) -> None:
 @main.command(short_help="Draw pictures of a text, or of what losses ask.")
 @click.argument("prompt", required=False)
 @click.option("--loss", "losses", multiple=True, metavar="TEXT", help="[WEIGHT*]NAME:ARGUMENT, also several times.")
-@click.option(
-    "--clip-model", help="open_clip model or folder for texts; default: demo for --model demo, else ViT-B-32."
-)
+@click.option("--clip-model", help="open_clip model or folder for texts; default: demo for the demos, else ViT-B-32.")
 @click.option("--clip-pretrained", default="openai", show_default=True, help="Its weights, where it is given by name.")
 @click.option(
     "--tuned",
@@ -77,6 +79,10 @@ def main(context: click.Context) -> None:
     help="best.json of `lossguide tune`: settings in place of --strength and the recipe's own.",
 )
 @shared(num_images=16)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, or begin it; also beside other processes.")
+@click.option("--overwrite", is_flag=True, help="Take --out also where it holds results, which go.")
+@rerank_options
+@change_options
 @click.pass_context
 def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained, **run: Any) -> None:
     """Draw pictures that a PROMPT or losses describe, beside what the model draws without them.
@@ -84,10 +90,19 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
     Writes each picture as PNG, sheet.png (unguided beside guided from the same noise), record.json and record.png (what
     happened at each step), and settings.json with the command to run again.
 
+    Many pictures (over 64, or with --resume, or in several processes) go to pictures/ one by one, and are listed in
+    manifest.jsonl; after Ctrl-C, a kill or a full disk --resume goes on. `accelerate launch -m lossguide.guidance.cli
+    generate ...` shares them among processes, devices and machines with a common disk. Of memory that does not hold a
+    batch half is tried. The sheet shows the first 64, the record the first batch.
+
     \b
     Examples:
       lossguide generate "ankle boot"
+      lossguide generate "ankle boot" --num-images 50000 --out boots --resume
       lossguide generate --loss class-label:bag --recipe dps --strength 2
+      lossguide generate "ankle boot" --rerank likelihood --rerank-from 8
+      lossguide generate sandal --model demo-tokens
+      lossguide generate dress --source pullover.png --change-map lower-half.png
       lossguide generate "a coat" --loss 0.5*color:red --model ./my-model --clip-model ViT-B-32
       lossguide generate --loss my_losses.py:darkness --scheduler euler-ancestral --steps 100
     """
@@ -98,27 +113,37 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
     strong = context.get_parameter_source("strength") == click.core.ParameterSource.COMMANDLINE
     if run["tuned"] is not None and strong:
         raise Problem("--tuned brings a strength of its own: leave out --strength")
-    clip_model = clip_model or ("demo" if run["model"] == "demo" else "ViT-B-32")
+    clip_model = clip_model or ("demo" if run["model"] in ("demo", TOKENS) else "ViT-B-32")
     if prompt is not None and clip_model == "demo":
         _in_demo_world(prompt)
     with told(*BAD):
         check_model(run["model"])
         loss = _losses(prompt, losses, clip_model, clip_pretrained)
     job = Job(context, run)
+    take_change(job, run["source"], run["change_map"])
     with told(*BAD):
         guidance = job.guidance(loss)
     name = prompt if prompt is not None else " ".join(losses)
+    label = " + ".join([prompt, *losses] if prompt is not None else losses)
+    check_rerank(job, is_large(run))
+    if is_large(run):
+        draw_many(job, guidance, prompt or "", label, output.default_folder(name), clip_model=clip_model)
+        return
     with job.folder(output.default_folder(name)) as folder:
         job.say(f"Drawing {len(job.seeds)} pictures, guided by {run['recipe']}, and then without.")
-        images, record = job.draw(guidance, prompt or "")
+        kept, more = "", {}
+        if run["rerank"] is None:
+            images, record = job.draw(guidance, prompt or "")
+        else:
+            images, record, kept, more["rerank"] = draw_reranked(job, guidance, prompt or "")
         output.save_pictures(folder, images, job.seeds)
         plain, _ = job.draw(None, prompt or "")
         before, after = job.mean_loss(guidance.loss, plain), job.mean_loss(guidance.loss, images)
         summary = f"loss {before:.4g} -> {after:.4g} (unguided -> guided, mean of {len(images)})"
-        label = " + ".join([prompt, *losses] if prompt is not None else losses)
+        summary += f"; {kept}" if kept else ""
         blocks = [Block("unguided", plain), Block(f"guided: {label}", images)]
-        results = {"loss": {"unguided": before, "guided": after}}
-        job.write(folder, guidance, record, blocks, summary, results, clip_model=clip_model)
+        results = {"loss": {"unguided": before, "guided": after}, **more}
+        job.write(folder, guidance, record, blocks, summary, results, clip_model=clip_model, overwrite=False)
         job.finish(folder, record, summary)
 
 
@@ -211,7 +236,7 @@ def restore(context: click.Context, photo, task, mask, degrade, resize, **option
 def list_recipes() -> None:
     """List the methods that --recipe takes."""
     rows = [(name, (method.__doc__ or "").strip().split("\n")[0]) for name, method in methods.available().items()]
-    _table(rows, "Use one with --recipe NAME.")
+    _table(rows, f"Use one with --recipe NAME; for --model {TOKENS}, auto or tokens.")
 
 
 @main.command("losses")

@@ -16,6 +16,7 @@ from .cli_job import BAD, Job, Problem, told
 from .cli_model import check_model
 from .cli_options import shared
 from .cli_restore import fitted
+from .cli_tokens import NAME as TOKENS
 from .contact_sheet import Block
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -75,7 +76,7 @@ def imitate_command(
     size = job.model.size
     if size is None:
         raise Problem(f"the model '{run['model']}' does not tell the size of its pictures, which imitating needs")
-    clip_model = clip_model or ("demo" if run["model"] == "demo" else "ViT-B-32")
+    clip_model = clip_model or ("demo" if run["model"] in ("demo", TOKENS) else "ViT-B-32")
     with told(*BAD):
         if resize:
             examples, asked = resized(examples, asked, size, inverse)

@@ -17,6 +17,7 @@ from ..samplers import Record
 from . import cli_output as output
 from . import recipes
 from .cli_model import PipelineModel, PixelModel, find_device, load_model
+from .cli_tokens import TokenModel
 from .contact_sheet import Block, contact_sheet
 from .gradient import loss_gradient
 from .guidance import Guidance
@@ -28,6 +29,10 @@ class Problem(click.ClickException):
     """Bad input: told in one sentence on stderr, exit status 2."""
 
     exit_code = 2
+
+
+class OutOfMemory(Problem):
+    """A batch is too large."""
 
 
 @contextmanager
@@ -69,7 +74,7 @@ class Job:
             scheduler = run["scheduler"]
             if scheduler is None and run["model"] == "demo":
                 scheduler = "ddim"
-            self.model: PixelModel | PipelineModel = load_model(
+            self.model: PixelModel | PipelineModel | TokenModel = load_model(
                 run["model"], scheduler, run["steps"], device, getattr(torch, run["dtype"])
             )
         self.resolved: dict[str, Any] = {"device": str(device), "scheduler": scheduler}
@@ -97,15 +102,16 @@ class Job:
         """The folder for the results."""
         wanted = self.run["out"] or default
         self.resolved["out"] = wanted
-        with told(OSError), output.results_folder(wanted) as folder:
+        with told(OSError), output.results_folder(wanted, self.run.get("overwrite", False)) as folder:
             yield folder
 
-    def draw(self, guidance: Guidance | None, prompt: str = "") -> tuple[torch.Tensor, Record]:
-        """Pictures and record, see `PixelModel.draw`."""
+    def draw(
+        self, guidance: Guidance | None, prompt: str = "", seeds: list[int] | None = None, progress: bool = True
+    ) -> tuple[torch.Tensor, Record]:
+        """Pictures and record, see `PixelModel.draw`; of some seeds only where they are given."""
+        seeds, progress = self.seeds if seeds is None else seeds, progress and not self.run["quiet"]
         try:
-            return self.model.draw(
-                guidance, self.seeds, self.run["steps"], self.batch_size, prompt, progress=not self.run["quiet"]
-            )
+            return self.model.draw(guidance, seeds, self.run["steps"], self.batch_size, prompt, progress=progress)
         except (FloatingPointError, UnsuitableSolver) as error:
             raise Problem(str(error)) from error
         except (MemoryError, RuntimeError) as error:
@@ -116,15 +122,19 @@ class Job:
         if not isinstance(error, MemoryError) and "out of memory" not in text and "not enough memory" not in text:
             raise error
         smaller = f"try --batch-size {self.batch_size // 2}" if self.batch_size > 1 else "--dtype bfloat16 needs less"
-        raise Problem(
+        raise OutOfMemory(
             f"the memory of {self.model.device} does not hold a batch of {self.batch_size}; {smaller}"
         ) from error
 
     @torch.no_grad()
+    def losses(self, loss: Composable, images: torch.Tensor) -> torch.Tensor:
+        """The loss of each picture, without augmentation, `(N,)`."""
+        parts = images.to(self.model.device).split(self.batch_size)
+        return torch.cat([as_losses(loss)(part) for part in parts])
+
     def mean_loss(self, loss: Composable, images: torch.Tensor) -> float:
         """The loss of pictures, without augmentation, averaged over them."""
-        parts = images.to(self.model.device).split(self.batch_size)
-        return torch.cat([as_losses(loss)(part) for part in parts]).double().mean().item()
+        return self.losses(loss, images).double().mean().item()
 
     def write(
         self,
@@ -137,26 +147,34 @@ class Job:
         **resolved,
     ) -> None:
         """Write sheet, record and settings."""
-        solver = type(self.model.scheduler).__name__
-        run, last = self.run, self.seeds[-1]
-        seeds = f"seed {last}" if len(self.seeds) == 1 else f"seeds {self.seeds[0]} to {last}"
-        settings = f"strength {guidance.strength:g}{', tuned' if run.get('tuned') else ''}, {run['steps']} steps"
-        summary = f"{summary}; {run['recipe']}, {settings}, {solver}, {seeds}"
-        contact_sheet(blocks, summary).save(folder / "sheet.png")
+        contact_sheet(blocks, self.caption(guidance, summary)).save(folder / "sheet.png")
         record.save(folder / "record.json")
         record.plot(folder / "record.png")
         resolved = {**self.resolved, "batch_size": self.batch_size, **resolved}
         settings = {
-            "directory": Path.cwd(),
-            "command": output.command_line(self.context, **resolved),
-            "options": {**self.context.params, **resolved},
-            "seeds": self.seeds,
-            "scheduler": {"class": solver, **dict(self.model.scheduler.config)},
-            "guidance": guidance.to_dict(),
+            **self.settings(guidance, **resolved),
             "results": results,
             "seconds_per_step": self.seconds_per_step(record),
         }
         output.write_settings(folder, settings)
+
+    def caption(self, guidance: Guidance, summary: str) -> str:
+        """A summary, and what was done to come to it."""
+        run, last = self.run, self.seeds[-1]
+        seeds = f"seed {last}" if len(self.seeds) == 1 else f"seeds {self.seeds[0]} to {last}"
+        settings = f"strength {guidance.strength:g}{', tuned' if run.get('tuned') else ''}, {run['steps']} steps"
+        return f"{summary}; {run['recipe']}, {settings}, {type(self.model.scheduler).__name__}, {seeds}"
+
+    def settings(self, guidance: Guidance, **resolved: Any) -> dict[str, Any]:
+        """What was asked, and the command that asks it again; `resolved` takes the place of what was given."""
+        return {
+            "directory": Path.cwd(),
+            "command": output.command_line(self.context, **resolved),
+            "options": {**self.context.params, **resolved},
+            "seeds": self.seeds,
+            "scheduler": {"class": type(self.model.scheduler).__name__, **dict(self.model.scheduler.config)},
+            "guidance": guidance.to_dict(),
+        }
 
     def seconds_per_step(self, record: Record) -> float:
         """Seconds that one solver step of all pictures took, its repeated visits included."""

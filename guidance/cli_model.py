@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from ..samplers import Denoiser, Record, Solver, denoiser, prediction_kind, sample
+from .cli_tokens import NAME as TOKENS
+from .cli_tokens import TokenModel, load_tokens
 from .guidance import Guidance
 from .plugin import guide
 
@@ -27,6 +30,7 @@ SCHEDULERS = {
 """Short names of schedulers: the diffusers class, and what it is told besides the model's own scheduler's config."""
 
 _ETA = 1.0  # DDIM as stochastic as DDPM: guidance works best with it, and `sample` has the same default
+_MODELS = f"a model is 'demo', '{TOKENS}', a folder in diffusers' format, or a hub id"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -36,9 +40,11 @@ class PixelModel:
 
     Attributes:
         denoiser: the adapted model.
+        change: a picture `(3, H, W)` to change, and how far, see `sample`; None to draw from noise alone.
     """
 
     denoiser: Denoiser
+    change: tuple[torch.Tensor, torch.Tensor] | None = None
     largest_batch = 64
     takes_prompt = False
 
@@ -72,9 +78,10 @@ class PixelModel:
         progress: bool = False,
     ) -> tuple[torch.Tensor, Record]:
         """Pictures `(N, 3, H, W)` in [0, 1] on the CPU, one per seed, and the record; plain ones without guidance."""
-        result = sample(
-            self.denoiser, guidance, steps=steps, seeds=seeds, eta=_ETA, batch_size=batch_size, progress=progress
-        )
+        options = dict(steps=steps, seeds=seeds, eta=_ETA, batch_size=batch_size, progress=progress)
+        if self.change is not None:
+            options |= dict(source=self.change[0], change_map=self.change[1])
+        result = sample(self.denoiser, guidance, **options)
         return result.images.float().expand(-1, 3, -1, -1), result.record
 
 
@@ -84,9 +91,11 @@ class PipelineModel:
 
     Attributes:
         pipe: the diffusers pipeline.
+        change: as in `PixelModel`.
     """
 
     pipe: Any
+    change: tuple[torch.Tensor, torch.Tensor] | None = None
     largest_batch = 1
     channels = 3
     takes_prompt = True
@@ -123,7 +132,8 @@ class PipelineModel:
     ) -> tuple[torch.Tensor, Record]:
         """Pictures `(N, 3, H, W)` in [0, 1] on the CPU, one per seed, and the record; plain ones without guidance."""
         self.pipe.set_progress_bar_config(disable=not progress)
-        call = self.pipe if guidance is None else guide(self.pipe, guidance)
+        change = {} if self.change is None else dict(source=self.change[0], change_map=self.change[1])
+        call = self.pipe if guidance is None and not change else guide(self.pipe, guidance, **change)
         known = {"eta": _ETA} if "eta" in inspect.signature(type(self.pipe).__call__).parameters else {}
         pictures, records = [], []
         for start in range(0, len(seeds), batch_size):
@@ -138,13 +148,17 @@ class PipelineModel:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; 'auto' is CUDA where there is one, else the CPU.
+    """The device of a name; 'auto' is CUDA where there is one, else the CPU. Of processes that `accelerate launch`
+    starts, each gets a CUDA device of its own as far as they go.
 
     Raises:
         ValueError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda" if local is None else f"cuda:{int(local) % torch.cuda.device_count()}")
     here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         here.append("mps")
@@ -176,19 +190,19 @@ def check_model(name: str) -> None:
     Raises:
         OSError: it is a file, or a folder that is not there.
     """
-    if name == "demo":
+    if name in ("demo", TOKENS):
         return
     folder = Path(name).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise OSError(f"the model '{name}' is a file; a model is 'demo', a folder in diffusers' format, or a hub id")
+        raise OSError(f"the model '{name}' is a file; {_MODELS}")
     if not folder.exists() and not _HUB_ID.fullmatch(name):
-        raise OSError(f"there is no folder '{name}'; a model is 'demo', a folder in diffusers' format, or a hub id")
+        raise OSError(f"there is no folder '{name}'; {_MODELS}")
 
 
 def load_model(
     name: str, scheduler: str | None, steps: int, device: torch.device, dtype: torch.dtype
-) -> PixelModel | PipelineModel:
-    """The model of a name: 'demo', a folder in diffusers' format, or a hub id.
+) -> PixelModel | PipelineModel | TokenModel:
+    """The model of a name: 'demo', 'demo-tokens', a folder in diffusers' format, or a hub id.
 
     Args:
         name: a folder holds a pipeline (`model_index.json`), or `unet/` and `scheduler/`.
@@ -204,6 +218,8 @@ def load_model(
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    if name == TOKENS:
+        return load_tokens(scheduler, device, dtype)
     model = _load(name, device, dtype)
     if scheduler is not None:
         model = _with_scheduler(model, scheduler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,9 +18,13 @@ import torch
 
 from ..samplers.plain import plain
 from .contact_sheet import to_pil
+from .files import write_whole
+from .manifest import cleared
 
 PARENT = "lossguide-out"
-_WRITTEN = re.compile(r"(\d{5,}|sheet|record|degraded|original|mask)\.png|(record|settings)\.json")
+_WRITTEN = re.compile(
+    r"(\d{5,}|sheet|record|degraded|original|mask)\.png|(record|settings)\.json|manifest\.jsonl|pictures"
+)
 
 
 def default_folder(*words: str) -> Path:
@@ -43,13 +48,17 @@ def free_folder(wanted: Path) -> Path:
 
 
 @contextmanager
-def results_folder(wanted: Path) -> Iterator[Path]:
+def results_folder(wanted: Path, overwrite: bool = False) -> Iterator[Path]:
     """A free folder for the results of one run, made at once; taken away again where nothing came to lie in it.
 
+    With `overwrite` it is the wanted one, and what an earlier run wrote there is taken away.
+
     Raises:
-        OSError: it cannot be made or written to.
+        OSError: it cannot be made or written to; with `overwrite`, another process is at work in it.
     """
-    folder = free_folder(wanted)
+    if overwrite and wanted.is_dir():
+        cleared(wanted)
+    folder = wanted if overwrite else free_folder(wanted)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -64,7 +73,14 @@ def results_folder(wanted: Path) -> Iterator[Path]:
 def save_pictures(folder: Path, images: torch.Tensor, seeds: Sequence[int]) -> None:
     """Write each picture of `(N, 3, H, W)` as `<seed>.png`."""
     for seed, image in zip(seeds, images):
-        to_pil(image).save(folder / f"{seed:05d}.png")
+        write_whole(folder / f"{seed:05d}.png", png(image))
+
+
+def png(image: torch.Tensor) -> bytes:
+    """The bytes of a picture's file, `(3, H, W)` in [0, 1]."""
+    data = io.BytesIO()
+    to_pil(image).save(data, "PNG")
+    return data.getvalue()
 
 
 def command_line(context: click.Context, **resolved: Any) -> str:
@@ -90,6 +106,5 @@ def command_line(context: click.Context, **resolved: Any) -> str:
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write `settings.json`: the versions, and what is given; numbers that are not finite as null."""
     versions = {name: metadata.version(name) for name in ("lossguide", "torch", "diffusers")}
-    (folder / "settings.json").write_text(
-        json.dumps(plain({"versions": versions, **settings}), indent=1) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(plain({"versions": versions, **settings}), indent=1) + "\n"
+    write_whole(folder / "settings.json", text.encode())

@@ -14,6 +14,7 @@ from ..losses.loss import as_losses
 from . import cli_output as output
 from .cli_job import BAD, Job, Problem, told
 from .cli_model import check_model
+from .cli_tokens import NAME as TOKENS
 from .tune import SEEDS, tune
 
 # what `generate` can be told besides, and tuning leaves at its defaults
@@ -74,6 +75,8 @@ def tune_command(context: click.Context, prompt, losses, judge, trials, **run: A
             raise Problem("there is nothing to aim at: give a prompt or --loss")
         prompt = "ankle boot"
     clip_model = "demo" if run["model"] == "demo" else "ViT-B-32"
+    if run["model"] == TOKENS:
+        raise Problem(f"tune searches the settings of recipes for diffusion models, and {TOKENS} is none")
     with told(*BAD):
         check_model(run["model"])
         loss = _losses(prompt, losses, clip_model, _CLIP_PRETRAINED)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..losses.loss import Composable, as_losses
+from ..samplers.levels import Level
 from ..samplers.plain import plain
 from ..samplers.solver import Solver
 from ..samplers.time_travel import TimeTravel
@@ -19,7 +20,7 @@ from .augment import Augment
 from .particles import Particles
 from .proximal import Proximal
 from .smoothing import Smoothing
-from .steps import Constant, NoiseScaled, StepRule
+from .steps import Constant, NoiseScaled, StepRule, UnsuitableSolver
 
 THROUGH = ("denoiser", "x0")
 EDITS = ("shift", "score", "mean", "anchor")
@@ -50,6 +51,31 @@ class Inner:
             raise ValueError(f"inner iterations are at least 1, got {self.iterations}")
         if self.keep not in KEPT:
             raise ValueError(f"keep is one of {', '.join(KEPT)}, got {self.keep!r}")
+
+    def spread_at(self, level: Level) -> torch.Tensor | None:
+        """What the displacement weighs each pixel by, where they differ in their level."""
+        return level.x0_variance if self.rule.natural else None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is done at each step of a masked-token generator, besides `inner` steps on its logits.
+
+    Args:
+        candidates: of so many draws of a step one is kept; 1 takes the first. Needs no gradient.
+        sharpness: it is drawn by weights `exp(-sharpness * L)`, `1 / T` of a softmax of `-L / T`.
+        limit: logits that have moved stay within plus and minus this.
+    """
+
+    candidates: int = 1
+    sharpness: float = 100.0
+    limit: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise ValueError(f"candidates are at least 1, got {self.candidates}")
+        if not 0 < self.sharpness < float("inf") or not 0 < self.limit < float("inf"):
+            raise ValueError(f"sharpness and limit are positive, got {self.sharpness} and {self.limit}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +109,7 @@ class Guidance:
             place of a share in [0, 1] of the noise's variance; "signal" for the share `a' / (a' + s')` (FlowDPS),
             "ancestral" for as much as an ancestral solver draws.
         particles: several candidates per picture, of which one is kept.
+        tokens: for a masked-token generator, whose logits `inner` steps move; None for diffusion and flow models.
         start, stop: window of sampling progress [start, stop) in which the loss acts; 0 is pure noise, 1 the picture.
         clock: what progress is measured by, here and in the windows of time travel and of the loss's terms: the share
             of the solver's "steps", or the "noise" left: the progress of DDPM with as much of it, from 0 at the first
@@ -107,6 +134,7 @@ class Guidance:
     augment: Augment | None = None
     remix: float | str = 0.0
     particles: Particles | None = None
+    tokens: Tokens | None = None
     time_travel: TimeTravel | None = None
     start: float = 0.0
     stop: float = 1.0
@@ -133,7 +161,9 @@ class Guidance:
             raise ValueError(
                 'edit="anchor" needs a rule and through="x0", and knows no inner steps, projection or goal (toward)'
             )
-        if self.rule is None and (self.toward is not None or (self.inner is None and self.particles is None)):
+        if self.tokens is not None:
+            self._check_tokens(self.tokens)
+        elif self.rule is None and (self.toward is not None or (self.inner is None and self.particles is None)):
             raise ValueError("without a rule there must be inner steps or particles, and nothing to go toward")
         if self.project is not None and self.edit != "mean" and self.inner is None:
             raise ValueError('project acts where x0 is moved: with edit="mean" or inner steps')
@@ -168,6 +198,17 @@ class Guidance:
         if not 0 <= self.strength < float("inf"):
             raise ValueError(f"strength is a number from 0 up, got {self.strength}")
 
+    def _check_tokens(self, tokens: Tokens) -> None:
+        for name in ("rule", "toward", "project", "smoothing", "particles", "remix"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for diffusion models, and does nothing to the logits of a token generator")
+        if self.edit != "shift":
+            raise ValueError(f'edit="{self.edit}" is for diffusion models, and does nothing to a token generator')
+        if self.inner is None and tokens.candidates == 1:
+            raise ValueError("a token generator is steered by inner steps on its logits, or by more than 1 candidate")
+        if self.inner is not None and (self.inner.blend or self.inner.keep != "noise"):
+            raise ValueError("inner steps on logits know neither blend nor keep")
+
     @property
     def active(self) -> bool:
         """Whether it moves anything at all."""
@@ -193,7 +234,7 @@ class Guidance:
         """How far a solver step has come, from 0 (noise) to 1 (the picture), on the guidance's clock."""
         if self.clock == "steps":
             return step / len(solver)
-        first, here = solver.levels[0].progress, solver.levels[step].progress
+        first, here = solver.progress[0], solver.progress[step]
         return min((here - first) / max(1 - first, 0.01), 0.99)  # 1 is after the last step
 
     def acts_at(self, step: int, progress: float) -> bool:
@@ -204,7 +245,22 @@ class Guidance:
         """Start a run over a solver whose timesteps are set; see `lossguide.guidance.step.Run`."""
         from .step import Run
 
+        if self.tokens is not None:
+            raise UnsuitableSolver(
+                f"'{self.name}' steers the logits of a masked-token generator, and this is another model",
+                "recipes.auto",
+            )
         return Run(self, solver, decode, seeds)
+
+    def begin_tokens(self, schedule, generator, seeds: list[int]):
+        """Start a run of a masked-token generator; see `lossguide.guidance.tokens.TokenRun`.
+
+        Raises:
+            UnsuitableSolver: the guidance is for diffusion models, or asks for what there is none of here.
+        """
+        from .tokens import TokenRun, for_tokens
+
+        return TokenRun(for_tokens(self), schedule, generator, seeds)
 
     def replace(self, **changes: Any) -> Guidance:
         """A copy with some fields changed."""

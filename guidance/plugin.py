@@ -20,6 +20,7 @@ from .modular import is_modular, undecorated
 from .panels import panels_of
 from .preview import Preview
 from .proximal import Proximal
+from .source import change_in
 from .steering import Steering
 
 
@@ -42,12 +43,13 @@ class Guided:
         checkpointing: bool,
         preview: Preview | None,
         panel: int | str | None = None,
+        change: tuple[Any, Any] | None = None,
     ):
         self.pipe = pipe
         self.guidance = guidance
         self.record: Record | None = None
         self._adapter, self._decode, self._vae = adapter, decode, vae
-        self._checkpointing, self._preview = checkpointing, preview
+        self._checkpointing, self._preview, self._change = checkpointing, preview, change
         guided = pipe if adapter.part is None else getattr(pipe, adapter.part)
         self._panel, self._panels = panel, panels_of(guided, panel)
 
@@ -72,6 +74,8 @@ class Guided:
             steering.decode, steering.after_last = self._decoder(steering.arguments, full), full.back
             if self._panels is not None:
                 steering.movable = lambda x: self._panels.movable(x, steering.arguments)
+            if self._change is not None:
+                steering.change = lambda latents: change_in(pipe, *self._change, latents)
             kwargs = _with_callbacks(kwargs)
             modules = [m for m in getattr(pipe, "components", {}).values() if isinstance(m, torch.nn.Module)]
             modules += [self._vae] if self._vae is not None else []
@@ -126,7 +130,7 @@ class Guided:
         """A pipeline made of others: the part that the adapter names is guided while the whole is called."""
         name = self._adapter.part
         found = getattr(self.pipe, name)
-        settings = (self._decode, self._vae, self._checkpointing, self._preview, self._panel)
+        settings = (self._decode, self._vae, self._checkpointing, self._preview, self._panel, self._change)
         part = Guided(found, self.guidance, _adapter(found, self._decode), *settings)
         try:
             vars(self.pipe)[name] = part
@@ -139,7 +143,7 @@ class Guided:
 
 def guide(
     pipe,
-    guidance: Guidance,
+    guidance: Guidance | None,
     *,
     decode: Callable[[torch.Tensor], torch.Tensor] | str | None = None,
     vae: torch.nn.Module | None = None,
@@ -147,6 +151,8 @@ def guide(
     preview: str | os.PathLike | Callable | None = None,
     preview_every: int = 5,
     panel: int | str | None = None,
+    source: torch.Tensor | None = None,
+    change_map: torch.Tensor | float | None = None,
 ) -> Guided:
     """Plug a guidance into a diffusers pipeline: `guide(pipe, recipes.auto(loss))(num_inference_steps=50).images`.
 
@@ -156,7 +162,7 @@ def guide(
 
     Args:
         pipe: a diffusers pipeline, or modular pipeline, with a scheduler.
-        guidance: what a recipe returned.
+        guidance: what a recipe returned; None guides nothing.
         decode: latents -> what the losses see, differentiable: pictures `(B, 3, H, W)` in [0, 1], videos
             `(B, F, 3, H, W)`, waveforms `(B, channels, T)`; or the name of a view that the pipeline has ("spectrogram",
             "waveform"). By default the pipeline's own autoencoder, or the pixels.
@@ -171,11 +177,17 @@ def guide(
             "picture", all of it (VisualCloze: the last row); or an index of a panel in VisualCloze's last row. By
             default VisualCloze's target, and an inpainted picture as a whole. Whatever they see, only what is to be
             painted moves, and what is given gets no gradient.
+        source: a picture `(3, H, W)` in [0, 1] to change, or `(B, 3, H, W)` with one per picture, as large as what the
+            pipeline draws; for latent pipelines of text to image. The autoencoder encodes it: what is kept is kept in
+            latents, and looks as the autoencoder paints it.
+        change_map: how far each pixel of the source may change, `(H, W)` or `(B, 1, H, W)` in [0, 1], or one number;
+            see `lossguide.samplers.sample`. A latent gets the mean of its pixels.
 
     Raises:
         TypeError: the pipeline cannot be guided, or `guidance` is not a `Guidance`.
         ValueError: the pipeline does not have the view that `decode` names, or that `panel`.
     """
+    guidance = Guidance(None) if guidance is None else guidance
     if not isinstance(guidance, Guidance):
         raise TypeError(
             f"guide(pipe, guidance) takes what a recipe returns, such as recipes.auto(loss); "
@@ -192,7 +204,14 @@ def guide(
     if not callable(decode) and adapter.part is None:
         adapter.decoder(decode)  # a view that is not there is told here
     shown = None if preview is None else Preview(preview, preview_every)
-    return Guided(pipe, guidance, adapter, decode, vae, checkpointing, shown, panel)
+    if (source is None) != (change_map is None):
+        raise ValueError("a source and a change_map (0 where it stays, 1 where it is free) belong together: pass both")
+    if source is not None and hasattr(pipe, "prepare_mask_latents"):
+        raise ValueError(
+            f"{type(pipe).__name__} has a picture and a mask of its own: use these, or a text-to-image pipeline"
+        )
+    change = None if source is None else (source, change_map)
+    return Guided(pipe, guidance, adapter, decode, vae, checkpointing, shown, panel, change)
 
 
 class _Full:
@@ -235,6 +254,16 @@ def _check_scheduler(pipe: Any) -> None:
         )
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "set_timesteps"):
         raise TypeError(f"{name} cannot be guided: it has no scheduler with set_timesteps and step")
+    if hasattr(scheduler, "config") and "mask_token_id" in scheduler.config:
+        raise TypeError(
+            f"{name} draws masked tokens: use sample(token_generator(pipe.transformer, pipe.vqvae, pipe.scheduler, "
+            "condition=...), guidance) with its encoded prompt"
+        )
+    if getattr(scheduler, "per_pixel", False):
+        raise TypeError(
+            f"{name} tells its network one time for all pixels, and {type(scheduler).__name__} gives each a level of "
+            "its own: use sample(denoiser(network, scheduler, per_pixel=True), guidance) with a network made for it"
+        )
 
 
 def _check_offload(pipe: Any, modules: list[torch.nn.Module], guidance: Guidance) -> None:

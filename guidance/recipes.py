@@ -12,7 +12,7 @@ from typing import Any
 from ..losses.loss import as_losses
 from ..samplers.time_travel import TimeTravel
 from .augment import Augment
-from .guidance import Guidance, Inner
+from .guidance import Guidance, Inner, Tokens
 from .particles import Particles
 from .proximal import Proximal
 from .smoothing import Smoothing
@@ -22,6 +22,7 @@ from .steps import (
     AsScore,
     Chain,
     Constant,
+    Fisher,
     LevelRatio,
     NoiseScaled,
     Polyak,
@@ -467,6 +468,43 @@ def tds(loss, strength: float = 1.0, count: int = 4, sharpness: float = 10.0, **
     )
 
 
+def tokens(
+    loss,
+    strength: float = 1.0,
+    inner: int | Inner | None = 3,
+    candidates: int = 1,
+    sharpness: float = 100.0,
+    **changes: Any,
+) -> Guidance:
+    """For masked-token generators: Polyak steps on the logits of unknown tokens; what `auto` does there.
+
+    The picture of which the gradient is taken has, at unknown places, the mean of the code vectors under the logits;
+    steps are natural ones, in the softmax's own metric. A loss without a gradient is followed by `inner=0` and
+    `candidates`, of which one is kept by its loss at each step.
+
+    Args:
+        inner: steps on the logits at each step of the scheduler; 0 for none.
+        candidates, sharpness: draws of each step, of which one is kept by weights `exp(-sharpness * L)`.
+    """
+    rule = Fisher(PolyakToFloor())
+    settings = dict(
+        rule=None,
+        through="x0",
+        inner=Inner(inner, rule) if isinstance(inner, int) and inner else inner or None,
+        tokens=Tokens(candidates, sharpness),
+        augment=Augment.geometric(4) if inner else None,
+    )
+    return _build(
+        loss,
+        strength,
+        changes,
+        name="tokens",
+        citation="Polyak 1969 (step to a floor); Amari 1998 (natural gradient); Chang et al., MaskGIT, CVPR 2022, "
+        "arXiv 2202.04200 (the generator); Li et al. 2024 (choice among candidates), arXiv 2408.08252",
+        **settings,
+    )
+
+
 def _build(loss, strength: float, changes: dict[str, Any], **defaults: Any) -> Guidance:
     try:
         return Guidance(loss, strength=strength, **(defaults | changes))
@@ -481,7 +519,7 @@ def _build(loss, strength: float, changes: dict[str, Any], **defaults: Any) -> G
 
 
 def available() -> dict[str, Callable[..., Guidance]]:
-    """Every recipe by name."""
+    """Every recipe for diffusion and flow models, by name; `tokens`, for token generators, is apart."""
     return dict(_RECIPES)
 
 
@@ -493,6 +531,8 @@ def get(name: str) -> Callable[..., Guidance]:
     """
     if name in _RECIPES:
         return _RECIPES[name]
+    if name == "tokens":
+        return tokens
     import difflib
 
     close = difflib.get_close_matches(name, _RECIPES, 1)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..samplers.change import Change
+from ..samplers.random import generators
 from ..samplers.solver import Solver
 from .adapters import Adapter
 from .guidance import Guidance
@@ -55,12 +57,14 @@ class Steering:
         self.arguments: dict[str, Any] = {}
         self.after_last: Callable[[], None] = lambda: None  # called when the last step has been guided
         self.movable: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None  # see `Run`
+        self.change: Callable[[torch.Tensor], Change] | None = None  # for the first latents; see `Run`
         self.run: Run | None = None
         self.visits: list = []
         self.position: int | None = None
         self._schedule: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._single: torch.Tensor | None = None  # of latents that the pipeline carries twice, the leaf
         self._handed: torch.Tensor | None = None  # the leaf that the pipeline was given, of which it may make a copy
+        self._first: torch.Tensor | None = None  # latents that wait for the source, until there is a schedule
         self._inside = False
         self._of: dict[str, Callable] = {}
         self.started = time.perf_counter()
@@ -110,6 +114,8 @@ class Steering:
         if earlier is not None:  # pipelines that sample several times, such as long videos piece by piece
             self.run.go_on_from(earlier)
         self.position = None
+        if self._first is not None:
+            self._first.data.copy_(self._from_source(self._first))
         self._expect(self.run.visits)
 
     def get_timesteps(self, own: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -134,9 +140,12 @@ class Steering:
         """The first latents, as a leaf that requires grad where gradients are taken through the denoiser."""
         made = own(*args, **kwargs)
         self.arguments.update(inspect.signature(own).bind(*args, **kwargs).arguments, prepared=made)
-        if isinstance(made, tuple):
-            return (self._leaf(made[0]), *made[1:])
-        return self._leaf(made)
+        first, *rest = made if isinstance(made, tuple) else (made,)
+        if self.change is not None and self.run is None:  # FLUX and its kin choose their timesteps afterwards
+            self._first = first = self._leaf(first.clone())
+        else:
+            first = self._leaf(self._from_source(first))
+        return (first, *rest) if isinstance(made, tuple) else first
 
     def prepare_mask(self, own: Callable, *args: Any, **kwargs: Any) -> Any:
         """Where an inpainting pipeline says what is to be painted, in pixels and in latents."""
@@ -148,7 +157,17 @@ class Steering:
     def first_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents as the loop of a modular pipeline begins: a leaf, and gradients switched on where needed."""
         torch.set_grad_enabled(bool(self.visits) and self.run.needs_graph(self.visits[0]))
-        return self._leaf(latents)
+        return self._leaf(self._from_source(latents))
+
+    @torch.no_grad()
+    def _from_source(self, latents: torch.Tensor) -> torch.Tensor:
+        """The first latents, with the source and noise in place of what does not move yet."""
+        self._first = None
+        if self.change is None or self.run is None:
+            return latents
+        latents = latents.detach()
+        self.run.change = self.change(latents)
+        return self.run.change.begin(latents, self.run.solver, generators(self.seeds(len(latents)), "source"))
 
     def _leaf(self, latents: torch.Tensor) -> torch.Tensor:
         if not self.guidance.active or self.guidance.through != "denoiser":
@@ -197,6 +216,11 @@ class Steering:
         if kwargs.get("per_token_timesteps") is not None:
             raise ValueError(f"{type(self.pipe).__name__} gives each token a noise of its own, which is not known here")
         visit = self.visits[self.position]
+        if self.change is not None and (self.run.change is None or len(self.visits) != len(self.run.visits)):
+            raise ValueError(
+                f"{type(self.pipe).__name__} does not begin with noise of its own at the first of its timesteps, and "
+                "cannot take a change map: use its text-to-image pipeline, or sample(...) with a model of pixels"
+            )
         kwargs["return_dict"] = kwargs.get("return_dict", True)
         x, single, output = sample, self._single, None
         if single is not None:

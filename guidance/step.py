@@ -11,6 +11,7 @@ import torch
 
 from ..losses.network import moved
 from ..samplers.capture import Captures
+from ..samplers.change import Change
 from ..samplers.denoiser import as_picture
 from ..samplers.levels import Level
 from ..samplers.random import generators, placed, randn
@@ -37,6 +38,8 @@ class Run:
     Attributes:
         movable: from the first sample to which of its elements may move, as booleans that broadcast against it; None
             for all. The others take the solver's own steps, and neither gradient nor step of the guidance.
+        change: a source, and where and when it may change; None where there is none. What a step is not free to move
+            gets nothing of the guidance either.
         captures: where the guide's passes and the decoder's are recorded, to be replayed at later visits; None where
             they are not.
     """
@@ -61,7 +64,9 @@ class Run:
         self.preview: Preview | None = None
         self.captures: Captures | None = None
         self.movable: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None
-        self._region: torch.Tensor | None = None
+        self.change: Change | None = None
+        self._region: torch.Tensor | None = None  # what may move at this visit
+        self._movable: torch.Tensor | None = None
         self._seeds: Callable[[int], list[int]] = seeds if callable(seeds) else lambda batch: list(seeds)
         self._sources: list[torch.Generator] | None = None
         self._begun = False
@@ -74,6 +79,7 @@ class Run:
         self._draws: bool | None = None  # the solver itself
         self._random: bool | None = None if solver.keeps_shifts else False  # with what remixing adds
         self._levels = [level.preserving() for level in solver.levels]
+        self._means = [(level.alpha.mean().item(), level.sigma.mean().item()) for level in solver.levels]
 
     def needs_graph(self, visit: Visit) -> bool:
         """Whether this visit needs the denoiser's graph from sample to prediction."""
@@ -119,6 +125,7 @@ class Run:
         started = time.perf_counter() if started is None else started
         if not self._begun:
             self._begin(x.detach())
+        self._region = self._free(visit.step)
         solver, guidance = self.solver, self.guidance
         level, after = solver.levels[visit.step], solver.levels[visit.step + 1]
         row: dict[str, Any] = dict(
@@ -126,8 +133,8 @@ class Run:
             visit=visit.repeat,
             timestep=solver.times[visit.step],
             progress=self._progress[visit.step],
-            alpha=level.alpha.tolist(),
-            sigma=level.sigma.tolist(),
+            alpha=self._means[visit.step][0],
+            sigma=self._means[visit.step][1],
         )
         terms = self._terms(visit.step)
         seen = self._look(x, prediction, terms, visit.step, row, source) if terms else None
@@ -140,6 +147,8 @@ class Run:
             x, prediction = x[seen.order], prediction[seen.order]
             solver.reorder(seen.order, len(x))
             self.record.keep(seen.order, row)
+            if self.change is not None:
+                self.change.reorder(seen.order)
         if guidance.remix and guidance.active:
             solve = self._remixing(solve, level, after)
         before = None if visit.last else solver.remember()
@@ -150,6 +159,8 @@ class Run:
                 x_next = self._anchored(x, prediction, seen, after, row, solve)
             else:
                 x_next = self._edited(x, prediction, seen, level, after, row, solve)
+            if self.change is not None:
+                x_next = self.change.landed(x_next, visit.step)
             if not visit.last:
                 noise = randn(tuple(x.shape[1:]), self._sources, like=x_next)
                 x_next = after.renoise(x_next, level, noise)
@@ -158,6 +169,11 @@ class Run:
             row["peak_memory"] = torch.cuda.memory_stats_as_nested_dict(x.device)["allocated_bytes"]["all"]["peak"]
         self.record.add(**row, seconds=time.perf_counter() - started)
         return x_next
+
+    def _free(self, step: int) -> torch.Tensor | None:
+        """What guidance may move in a step; None for all."""
+        free = None if self.change is None or not self.guidance.active else self.change.free(step)
+        return self._movable if free is None else free if self._movable is None else free & self._movable
 
     def go_on_from(self, earlier: Run) -> None:
         """Add to the record of an earlier run of the same call, and draw what it did not."""
@@ -177,7 +193,7 @@ class Run:
     def _begin(self, x: torch.Tensor) -> None:
         guidance = self.guidance
         self._begun = True
-        self._region = self.movable(x) if guidance.active else None
+        self._movable = self.movable(x) if guidance.active else None
         if self._sources is None or len(self._sources) != len(x):
             self._sources = generators(self._seeds(len(x)), "guidance")
         self._state = None if guidance.rule is None else guidance.rule.init(x)
@@ -211,6 +227,8 @@ class Run:
         if guidance.edit == "anchor" and guidance.active:
             if self._anchor is None:
                 self._anchor = torch.zeros_like(place) if step == 0 else place
+            if self.change is not None:
+                self._anchor = self.change.kept(self._anchor, step)
             place = self._anchor
             drawn = level.noise(place, sample, "sample")
         blur = None
@@ -234,6 +252,7 @@ class Run:
             x0=place,
             drawn=drawn,
             random=self._random,
+            metric=level.x0_variance if level.per_pixel else None,
         )
         goal, fine = g0, torch.isfinite(loss)
         if isinstance(guidance.toward, Inner):
@@ -243,9 +262,15 @@ class Run:
             goal = self._within(
                 -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
             )
+        dual = None
+        if level.per_pixel:
+            dual = None if guidance.toward is None else guidance.toward.spread_at(level)
+            metric = _metric(level, solver.levels[step + 1], guidance.edit, through)
+            signal = replace(signal, dual=dual, metric_x0=signal.metric, metric=metric)
         g = goal
         if through:
-            g = self._within(self._through(prediction, (x, source), level, goal) * level.stretch.to(dtype))
+            g = self._through(prediction, (x, source), level, goal if dual is None else goal / dual)
+            g = self._within((g if dual is None else dual * g) * level.stretch.to(dtype))
         if g is not None:
             fine = fine & torch.isfinite(g).flatten(1).all(1)
             g = torch.where(per_sample(fine, g, torch.bool), g, 0)
@@ -462,7 +487,7 @@ class Run:
                 part = after.alpha / (after.alpha + after.sigma)
             elif share == "ancestral":
                 part = (std / after.sigma.clamp_min(1e-20)) ** 2
-            part = torch.as_tensor(part, dtype=torch.float64)
+            part = part if isinstance(part, torch.Tensor) else torch.tensor(part, dtype=torch.float64)
             fresh = randn(tuple(x.shape[1:]), self._sources, like=fine)
             change = ((1 - part).clamp_min(0).sqrt() - 1) * noise + part.sqrt() * fresh
             return (x_next + after.sigma * self._within(change)).to(x_next.dtype)
@@ -529,8 +554,8 @@ def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
     if not bool((variance > 0).all()):
         return torch.zeros(len(move), dtype=torch.float64)
     drawn = signal.landed - signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
-    spread = (drawn.square().mean() / variance).item()  # one, for noise of that variance around that mean
-    round_off = ((1e-5 * signal.landed.abs().amax()) ** 2 / variance).item()
+    spread = (drawn.square() / variance).mean().item()  # one, for noise of that variance around that mean
+    round_off = ((1e-5 * signal.landed.abs().amax()) ** 2 / variance).mean().item()
     if abs(spread - 1) > 0.05 + 6 * (2 / drawn.numel()) ** 0.5 + round_off:
         raise _not_ancestral()
     return ((2 * drawn - move) * move / (2 * variance)).double().flatten(1).sum(1)
@@ -540,6 +565,16 @@ def _not_ancestral() -> UnsuitableSolver:
     return UnsuitableSolver(
         "twisted particles are weighed by the law of an ancestral step, and this solver's is another"
     )
+
+
+def _metric(level: Level, after: Level, edit: str, through: bool) -> torch.Tensor:
+    """What turns a gradient into an edit where pixels differ in their level: a score that is larger by `-w g` moves the
+    noise by `s w g`, x0 by `-(s^2 / a) w g` and the mean of an ancestral step by `-w P g`; at x0, its uncertainty."""
+    if not through:
+        return level.x0_variance * (level.alpha / level.sigma.clamp_min(1e-20) if edit == "score" else 1)
+    if edit == "score":
+        return level.sigma
+    return level.sigma**2 / level.alpha if edit == "mean" else level.score_gain(after)
 
 
 def _residual(terms: list, image: torch.Tensor) -> tuple[torch.Tensor, float]:

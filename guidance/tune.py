@@ -215,8 +215,8 @@ def tune(
 
     described = {
         "model": _model(model),
-        "loss": [_described(term) for term in loss.terms()],
-        "judge": [_described(term) for term in judge.terms()],
+        "loss": [described(term) for term in loss.terms()],
+        "judge": [described(term) for term in judge.terms()],
         "recipe": {key: value for key, value in own.to_dict().items() if key != "loss"},
         "seeds": seeds,
         "steps": steps,
@@ -475,7 +475,7 @@ def _same(first: Any, second: Any) -> bool:
     return first.__code__ == second.__code__ and first.__closure__ is None and second.__closure__ is None
 
 
-def _described(term) -> dict[str, Any]:
+def described(term) -> dict[str, Any]:
     """A term as plain data that is the same in every process; the user's own code as a digest of its source."""
     data = term.describe()
     data["loss"] = re.sub(r"(_lossguide_\w+?)_\d+\b", r"\1", data["loss"])  # the registry's name of a user's file

@@ -10,11 +10,13 @@ import torch
 from tqdm.auto import tqdm
 
 from .capture import Captures, Latest
+from .change import Change, change_of
 from .denoiser import Denoiser, as_picture
 from .random import generators, particle_seeds, randn
 from .record import Record
 from .solver import Solver
 from .time_travel import visits
+from .tokens import TokenGenerator, draw_batch
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Result:
 
     Attributes:
         images: `(B, C, H, W)`, float in [0, 1], on the CPU.
-        samples: the final samples as the model knows them, `(B, *shape)`, on the CPU.
+        samples: the final samples as the model knows them, `(B, *shape)`, on the CPU; the tokens of a token generator.
         record: what happened, per step and picture.
         seeds: one per picture.
     """
@@ -45,7 +47,7 @@ class Result:
 
 
 def sample(
-    denoiser: Denoiser,
+    denoiser: Denoiser | TokenGenerator,
     guidance=None,
     *,
     steps: int = 50,
@@ -54,6 +56,8 @@ def sample(
     batch_size: int | None = None,
     progress: bool = False,
     graphs: bool = False,
+    source: torch.Tensor | None = None,
+    change_map: torch.Tensor | float | None = None,
 ) -> Result:
     """Draw one picture per seed, steered by `guidance` (what a recipe returns), or plainly without.
 
@@ -61,7 +65,7 @@ def sample(
     they were.
 
     Args:
-        denoiser: from `lossguide.samplers.denoiser`.
+        denoiser: from `lossguide.samplers.denoiser`, or a masked-token generator from `token_generator`.
         guidance: what a recipe returned; None for the plain sampler.
         steps: solver steps.
         seeds: one integer per picture.
@@ -73,7 +77,13 @@ def sample(
             first call, and replay them at all others. Small models and batches run several times faster; recording
             takes some calls, and memory of its own. The model must be a function of its sample and timestep alone, and
             a loss of its picture: their Python code is not run again. On other devices the same buffers are used,
-            without a recording.
+            without a recording. Token generators have none.
+        source: a picture in [0, 1] to change, `(C, H, W)`, or `(B, C, H, W)` with one per seed. Where the denoiser has
+            a `decode` of its own: a sample as the model knows it, such as an autoencoder's latent.
+        change_map: how far each pixel of the source may change, `(H, W)` or `(B, 1, H, W)`: 0 keeps it exactly, 1
+            paints it anew; at `m` between, it joins when the share of the steps left is `m`, as image-to-image of that
+            strength does (Levin & Fried 2023). A number is that strength everywhere. Guidance moves no pixel that has
+            not joined. Every step is computed, also those before the first pixel joins.
 
     On a CUDA device the host waits for no step, with or without graphs, and gives the device its work ahead. It has to
     wait for guidances whose course depends on what they find (particles, the conjugate gradients of `pigdm`, `ddnm` and
@@ -83,8 +93,15 @@ def sample(
     Returns:
         `Result` with images, samples, record and seeds.
     """
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(f"sample takes what denoiser(model, scheduler) returns, got {type(denoiser).__name__}")
+    if not isinstance(denoiser, (Denoiser, TokenGenerator)):
+        raise TypeError(
+            "sample takes what denoiser(model, scheduler) or token_generator(...) returns, "
+            f"got {type(denoiser).__name__}"
+        )
+    if graphs and isinstance(denoiser, TokenGenerator):
+        raise ValueError("graphs are recorded of denoisers; a token generator is drawn without them")
+    if isinstance(denoiser, TokenGenerator) and (source is not None or change_map is not None):
+        raise ValueError("a change map says how far pixels or latents may change; a token generator has neither")
     if guidance is not None and not hasattr(guidance, "begin"):
         raise TypeError(f"guidance is what a recipe returns, such as recipes.auto(loss), got {type(guidance).__name__}")
     if batch_size is not None and batch_size < 1:
@@ -97,12 +114,26 @@ def sample(
     size = len(seeds) if batch_size is None else batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     captures = Captures() if graphs else None
+    change, given = None, None
+    if source is not None or change_map is not None:
+        given = _given(denoiser, source)
+        change = change_of(given * 2 - 1 if denoiser.decode is as_picture else given, change_map, denoiser.shape)
+        change.check(len(seeds))
+    parts = [change and change.part(start, size) for start in range(0, len(seeds), size)]
     with denoiser.frozen(), tqdm(total=0, disable=not progress, unit="step") as bar:
-        done = [_sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar, captures) for batch in batches]
+        if isinstance(denoiser, TokenGenerator):
+            done = [draw_batch(denoiser, guidance, steps, batch, len(batches), bar) for batch in batches]
+        else:
+            done = [
+                _sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar, captures, part)
+                for batch, part in zip(batches, parts)
+            ]
     x = torch.cat([x for x, _ in done])
     with torch.no_grad():
         if denoiser.decode is as_picture:
             images = x / 2 + 0.5
+            if change is not None:  # to the last bit
+                images = torch.where(change.change_map == 0, given, images)
         else:
             images = torch.cat([denoiser.decode(part.to(denoiser.device)).cpu() for part in x.split(size)])
     record = Record.joined([record for _, record in done])
@@ -110,19 +141,35 @@ def sample(
     return Result(images.clamp(0, 1), x, record, tuple(seeds))
 
 
+def _given(denoiser: Denoiser, source) -> torch.Tensor:
+    """A source, on the host; of a pixel model with its number of channels."""
+    if source is None:
+        raise ValueError("a change_map says how far a source may change: pass the source, too")
+    source = torch.as_tensor(source).detach().float().cpu()
+    if denoiser.decode is not as_picture:
+        return source
+    if not bool(((source >= 0) & (source <= 1)).all()):
+        raise ValueError(f"a source is a picture in [0, 1], got values from {source.min():g} to {source.max():g}")
+    grey = denoiser.shape[0] == 1 and source.dim() >= 3 and source.shape[-3] == 3
+    return source.mean(-3, keepdim=True) if grey else source
+
+
 def _sample_batch(
-    denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar, captures: Captures | None
+    denoiser: Denoiser, guidance, steps, seeds, eta, batches, bar, captures: Captures | None, change: Change | None
 ) -> tuple[torch.Tensor, Record]:
-    solver = Solver.of(denoiser.scheduler, steps, denoiser.device)
-    kind, channels = denoiser.kind or solver.kind, denoiser.shape[0]
     candidates = 1 if guidance is None else guidance.candidates
-    seeds = particle_seeds(seeds, candidates)
+    pictures, seeds = len(seeds), particle_seeds(seeds, candidates)
     sources = generators(seeds)
+    solver = Solver.of(denoiser.scheduler, steps, denoiser.device, sources[:pictures], candidates)
+    kind, channels = denoiser.kind or solver.kind, denoiser.shape[0]
     x = (randn(denoiser.shape, sources) * solver.initial_sigma).to(denoiser.device)
+    if change is not None:
+        change = change.repeated(candidates)
+        x = change.begin(x, solver, generators(seeds, "source"))
     predict = denoiser.predict if captures is None else captures("the denoiser", denoiser.predict)
     run = None if guidance is None else guidance.begin(solver, denoiser.decode, seeds)
     if run is not None:
-        run.captures = captures
+        run.captures, run.change = captures, change
     latest = Latest()
     plan = visits(range(len(solver))) if run is None else run.visits
     record = Record() if run is None else run.record
@@ -132,7 +179,7 @@ def _sample_batch(
         start = time.perf_counter()
         x = x.detach().requires_grad_(graph)
         with torch.set_grad_enabled(graph):
-            output = predict(solver.model_input(x, i), solver.timesteps[i])
+            output = predict(solver.model_input(x, i), solver.told(i, x))
             prediction, variance = output[:, :channels], output[:, channels:].detach()
             if kind != solver.kind:  # the scheduler steps by what its own config says
                 level = solver.levels[i]
@@ -150,6 +197,7 @@ def _sample_batch(
         with torch.no_grad():
             if run is None:
                 x = solve(prediction, x)
+                x = x if change is None else change.landed(x, i)
                 record.add(step=i, visit=0, timestep=solver.times[i], seconds=time.perf_counter() - start)
             else:
                 x = run.step(x, prediction, visit, solve, start)

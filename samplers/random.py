@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-_GUIDANCE = 0x6C6F7373  # keeps guidance's draws apart from the sampler's
+_STREAMS = {"sampler": 0, "guidance": 0x6C6F7373, "source": 0x6B657074}  # keeps their draws apart
 
 
 def generators(seeds: list[int], stream: str = "sampler") -> list[torch.Generator]:
-    """One CPU generator per seed; the stream "guidance" is independent of "sampler"."""
-    offset = _GUIDANCE if stream == "guidance" else 0
+    """One CPU generator per seed; the streams "sampler", "guidance" and "source" are independent of each other."""
+    offset = _STREAMS[stream]
     return [torch.Generator().manual_seed((int(seed) ^ offset) & (2**63 - 1)) for seed in seeds]
 
 

@@ -19,6 +19,7 @@ TASK = Task(
     ],
     budgets=(50, 25),
     pictures=40,
+    likelihood=True,
     quick=dict(budgets=(12,), pictures=10),
     note="Frechet and kernel distance: to the 10,000 real test pictures, in the judge's 64 penultimate features, with "
     "jackknife errors; the Frechet distance of so few pictures is too large by about the same amount in every row.",
