@@ -12,13 +12,14 @@ import torch
 from lossguide.guidance import recipes
 from lossguide.losses import ClipText
 from lossguide.losses.demo import CLASSES, classifier
-from lossguide.samplers import load_demo, sample
+from lossguide.samplers import TimeTravel, load_demo, sample
 from torchvision.utils import make_grid
 
 RESULTS = Path(__file__).parent / "results"
 FROM, TO = "pullover", "dress"
 KEPT = 16  # rows of 32
-PICTURES, STEPS = 8, 25
+PICTURES, STEPS = 16, 50
+TRAVEL = TimeTravel(3, 0.0, 0.9)
 
 
 def maps() -> dict[str, torch.Tensor]:
@@ -33,6 +34,8 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
     count, steps = (4, 10) if quick else (PICTURES, STEPS)
     model, judge, seeds = load_demo(), classifier("judge"), range(count)
     wanted = {name: recipes.auto(ClipText(f"a photo of a {name}", model="demo")) for name in (FROM, TO)}
+    ways = {"unguided": None, f"guided to '{TO}'": wanted[TO]}
+    ways["the same, travelling"] = wanted[TO].replace(time_travel=TRAVEL, clock="steps")
 
     @torch.no_grad()
     def taken(images: torch.Tensor) -> dict[str, float]:
@@ -42,11 +45,9 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
     source = sample(model, wanted[FROM], steps=steps, seeds=seeds).images
     shown, rows = {"source": source}, [("source", taken(source), "", "")]
     for name, change_map in maps().items():
-        for guided in (False, True):
-            how = f"{name}, guided to '{TO}'" if guided else f"{name}, unguided"
-            drawn = sample(
-                model, wanted[TO] if guided else None, steps=steps, seeds=seeds, source=source, change_map=change_map
-            ).images
+        for way, guidance in ways.items():
+            how = f"{name}, {way}"
+            drawn = sample(model, guidance, steps=steps, seeds=seeds, source=source, change_map=change_map).images
             kept = "yes" if torch.equal(drawn[:, :, :KEPT], source[:, :, :KEPT]) else "no"
             seam = (drawn[:, :, KEPT] - drawn[:, :, KEPT - 1]).abs().mean().item()
             shown[how] = drawn
@@ -60,6 +61,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
         "",
         f"The demo model, {steps} steps; {count} garments drawn with `auto` to 'a photo of a {FROM}', of which the "
         f"upper {KEPT} rows are kept. step: the rest is free at once; ramp: the map rises from 0 to 1 over 8 rows. "
+        f"travelling: every step up to {TRAVEL.stop:.0%} visited {TRAVEL.repeats} times, noise put back in between. "
         "Shares of a judging classifier that never guides. Seam: mean difference of the rows beside the edge; "
         f"{own:.3f} in the source.",
         "",

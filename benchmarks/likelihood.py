@@ -39,9 +39,9 @@ class Size:
     """How much is measured."""
 
     garments: int = 256
-    others: int = 32
+    others: int = 24
     guided: int = 30
-    along: int = 8  # of each set along the ODE; of the garments four times as many
+    along: int = 8  # guided ones along the ODE; half as many of each other kind, four times as many test garments
     times: int = 32
     steps: int = 12  # of the ODE
     sampling: int = 50
@@ -60,6 +60,7 @@ GUIDED = {
     "dps, strength 1000": ("dps", dict(strength=1000.0)),
     "mpgd, strength 8": ("mpgd", dict(strength=8.0)),
     "mpgd, strength 32": ("mpgd", dict(strength=32.0)),
+    "mpgd, strength 38": ("mpgd", dict(strength=38.0)),  # to about the guide loss that auto leaves
     "freedom": ("freedom", {}),
     "adam_dps": ("adam_dps", {}),
 }
@@ -203,7 +204,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
 
     row(GARMENTS, size.garments, 4 * size.along, lambda: fashion_mnist("test")[0][: size.garments])
     for which, images in others(size.others).items():
-        row(which, size.others, size.along, images)
+        row(which, size.others, size.along // 2, images)
     judge = lambda images: judged(images, wanted)
     for which, recipe in GUIDED.items():
         along = size.along if which in likelihood_report.TELL_APART else 0

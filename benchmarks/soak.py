@@ -185,7 +185,9 @@ class Soak:
             ended = {rank: process.returncode for rank, process in self.processes.items() if process.poll() is not None}
             if any(ended.values()) and len(ended) == PROCESSES:
                 told = [(self.log / str(rank)).read_text().strip() for rank, status in ended.items() if status]
-                if self.full or not all(one.startswith("Error: No space left on device") for one in told):
+                if self.full or not all(
+                    one.startswith("Error: No space left on device") and "\n" not in one for one in told
+                ):
                     raise SystemExit("\n".join(told))
                 self.full = told
                 print(f"full at {here} pictures: {told[0]}", flush=True)
@@ -282,7 +284,9 @@ def _measured(place: Path, size: dict, quick: bool) -> tuple[str, bool]:
         f"`lossguide {' '.join(command(Path('DIR'), size['pictures'], size['batch']))}` in {PROCESSES} processes, one "
         f"thread each, on {os.cpu_count()} cores. Processes are killed by SIGKILL and started again by the same "
         f"command: one of those at work, at a random moment; at each {ALL}th kill all, while files are written. "
-        'The last full disk message: "' + (soak.full[-1] if soak.full else "none") + '".',
+        'The last full disk message: "'
+        + (soak.full[-1] if soak.full else "none").replace(str(soak.folder), "DIR")
+        + '".',
         "",
         "| what | found |",
         "|---|---|",

@@ -17,6 +17,8 @@ from ..samplers import Record
 from . import cli_output as output
 from . import recipes
 from .cli_model import PipelineModel, PixelModel, find_device, load_model
+from .cli_tokens import NAME as TOKENS
+from .cli_tokens import STEPS as TOKEN_STEPS
 from .cli_tokens import TokenModel
 from .contact_sheet import Block, contact_sheet
 from .gradient import loss_gradient
@@ -68,6 +70,8 @@ class Job:
     def __init__(self, context: click.Context, run: dict[str, Any]):
         self.context, self.run = context, run
         self.begun = time.perf_counter()
+        if run["model"] == TOKENS and context.get_parameter_source("steps") == click.core.ParameterSource.DEFAULT:
+            run["steps"] = context.params["steps"] = TOKEN_STEPS
         with told(*BAD):
             self.recipe = recipes.get(run["recipe"])
             device = find_device(run["device"])

@@ -33,7 +33,7 @@ def shared(num_images: int) -> Callable[[Callable], Callable]:
         option("--model", default="demo", **shown, help="demo, demo-tokens, a folder of diffusers, or a hub id."),
         option("--recipe", default="auto", callback=_recipe, **shown, help="Method; `lossguide recipes` lists them."),
         option("--strength", type=click.FloatRange(0), default=1.0, **shown, help="Factor of every step."),
-        option("--steps", type=click.IntRange(1), default=50, **shown, help="Solver steps."),
+        option("--steps", type=click.IntRange(1), default=50, **shown, help="Solver steps; by demo-tokens 8."),
         option(
             "--scheduler",
             callback=_scheduler,

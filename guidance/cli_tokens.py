@@ -11,6 +11,7 @@ from ..samplers import Record, TokenGenerator, sample
 from .guidance import Guidance
 
 NAME = "demo-tokens"
+STEPS = 8  # where none are asked for
 
 
 @dataclass(frozen=True)

@@ -471,7 +471,7 @@ def tds(loss, strength: float = 1.0, count: int = 4, sharpness: float = 10.0, **
 def tokens(
     loss,
     strength: float = 1.0,
-    inner: int | Inner | None = 3,
+    inner: int | Inner | None = 5,
     candidates: int = 1,
     sharpness: float = 100.0,
     **changes: Any,

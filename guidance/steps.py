@@ -381,7 +381,7 @@ class Spherical(StepRule):
         if not bool((step_std > 0).any()):
             return torch.zeros_like(signal.gradient), state
         mean = signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
-        drawn = _over(signal.landed - mean, step_std)  # in units of each pixel's own noise
+        drawn = (signal.landed - mean) * _over(torch.ones_like(step_std), step_std)  # in units of each pixel's own noise
         along = (unit(drawn) * unit(signal.noise)).flatten(1).sum(1)
         # asked once, as the host waits for the answer
         if state is None and bool((norm(drawn) < 0.5 * signal.root).all() | (along > 0.9).all()):

@@ -50,7 +50,7 @@ def sample(
     denoiser: Denoiser | TokenGenerator,
     guidance=None,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     seeds: Iterable[int] = (0,),
     eta: float = 1.0,
     batch_size: int | None = None,
@@ -67,7 +67,7 @@ def sample(
     Args:
         denoiser: from `lossguide.samplers.denoiser`, or a masked-token generator from `token_generator`.
         guidance: what a recipe returned; None for the plain sampler.
-        steps: solver steps.
+        steps: solver steps; by default 50, and 8 of a token generator, as in MaskGIT.
         seeds: one integer per picture.
         eta: stochasticity of DDIM, 0 (deterministic) to 1 (as DDPM); other schedulers do not know it. Guidance works
             best at 1: the noise of later steps washes away what a guiding network was fooled by.
@@ -106,6 +106,8 @@ def sample(
         raise TypeError(f"guidance is what a recipe returns, such as recipes.auto(loss), got {type(guidance).__name__}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if steps is None:
+        steps = 8 if isinstance(denoiser, TokenGenerator) else 50
     seeds = [int(seed) for seed in seeds]
     if not seeds:
         raise ValueError("seeds holds one integer per picture; it is empty")

@@ -177,7 +177,7 @@ def _trained(*names: str) -> str:
 
 
 def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) -> None:
-    """Measure the methods, or `only` some; the process that finds everything drawn writes the report."""
+    """Measure the methods, or `only` some; the report holds those that are drawn."""
     names = (UNGUIDED, *METHODS)
     for name in only:
         if name not in names:
@@ -199,8 +199,8 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
             done = [parts.draw(one) for one in runs]
             if all(done):
                 found[method, guide] = runs
-    if (PLAIN, next(iter(GUIDES))) in found and not only:
-        write(parts, found, size, file)
+                if (PLAIN, next(reversed(GUIDES))) in found and not only:  # what there is, as it comes
+                    write(parts, found, size, file)
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------
