@@ -14,7 +14,7 @@ import torch
 from lossguide.guidance import Guidance, recipes
 from lossguide.guidance.contact_sheet import Block, contact_sheet
 from lossguide.guidance.guidance import Inner
-from lossguide.guidance.steps import PolyakToFloor
+from lossguide.guidance.steps import Fisher, PolyakToFloor
 from lossguide.guidance.tokens import for_tokens
 from lossguide.losses import ClipText
 from lossguide.losses.demo import CLASSES
@@ -26,7 +26,7 @@ from .metrics import frechet, jackknife
 from .rows import Rows, digest_of
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, SEED = 8, 0
+STEPS, SEED = 8, 1000  # the settings were chosen on seeds below 100
 PER_CLASS, QUICK = 10, 3
 """Pictures of each class, and with `--quick`."""
 TRAVEL = TimeTravel(2, 0.25, 0.75)
@@ -34,16 +34,19 @@ WAYS = {
     "unguided": None,
     "auto": dict(),
     "without augmentation": dict(augment=None),
+    "without the cap": dict(inner=Inner(5, Fisher())),
     "1 inner step": dict(inner=1),
     "2 inner steps": dict(inner=2),
     "3 inner steps": dict(inner=3),
-    "plain gradient": dict(inner=Inner(5, PolyakToFloor())),
+    "plain gradient": dict(inner=Inner(5, PolyakToFloor(cap=1.0))),
     "with re-masking": dict(time_travel=TRAVEL),
     "8 candidates, no gradient": dict(inner=0, candidates=8, sharpness=300.0),
     "gradient and 4 candidates": dict(candidates=4, sharpness=300.0),
 }
 ABOUT = {
-    "auto": "`recipes.auto(loss)` as it is: 5 natural steps on the logits, 4 augmented copies, no re-masking",
+    "auto": "`recipes.auto(loss)` as it is: 5 natural steps on the logits, each of a root mean square of 1 at most, "
+    "4 augmented copies, no re-masking",
+    "without the cap": "as auto, the steps as long as Polyak's rule makes them",
     "plain gradient": "as auto, the steps along the gradient in the logits instead of the natural one",
     "with re-masking": "the steps from a quarter to three quarters of the way are taken twice, the least confident "
     "tokens masked again in between",
@@ -102,7 +105,7 @@ def weights_digest() -> str:
 
 
 def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) -> None:
-    """Measure every row, or `only` some; write rows, the contact sheet and `results/token-guidance.md`.
+    """Measure every row, or `only` some; write rows, contact sheets and, of all there is, `results/token-guidance.md`.
 
     Raises:
         FileNotFoundError: the generator's weights, or Fashion-MNIST, are not at hand.
@@ -112,16 +115,19 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
     model, judge = load_demo_tokens(), Judge()
     name = "token-guidance-quick" if quick else "token-guidance"
     rows = Rows(RESULTS / f"{name}.jsonl", weights_digest(), fresh)
-    done = []
+    unknown = set(only) - set(WAYS)
+    if unknown:
+        raise ValueError(f"there is no row {', '.join(sorted(unknown))}; rows are {', '.join(WAYS)}")
+    per_class, done = QUICK if quick else PER_CLASS, []
     for way in WAYS:
-        if only and way not in only:
-            continue
-        per_class = QUICK if quick else PER_CLASS
         guidance = guidance_of(way, torch.arange(1))
         key = dict(way=way, pictures=10 * per_class, steps=STEPS, seed=SEED)
         key["settings"] = None if guidance is None else digest_of(for_tokens(guidance))
         sheet = RESULTS / f"{name}-{way}.png" if way in ("unguided", "auto") else None
         row = rows.get(**key)
+        if only and way not in only:
+            done += [row] if row else []
+            continue
         if row is None or (sheet is not None and not sheet.exists()):
             images, labels, seconds = generate(model, way, per_class)
             row = key | measured(judge, images, labels) | dict(seconds=seconds)
@@ -136,10 +142,9 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = ()) ->
             f"+- {row['frechet_error']:.2f}  {row['seconds']:.2f} s a picture",
             flush=True,
         )
-    if not only:
-        report = table(done, judge)
-        (RESULTS / f"{name}.md").write_text(report)
-        print(report)
+    report = table(done, judge)
+    (RESULTS / f"{name}.md").write_text(report)
+    print(report)
 
 
 def table(rows: list[dict], judge: Judge) -> str:
@@ -166,7 +171,7 @@ def table(rows: list[dict], judge: Judge) -> str:
             f"{row['guide_accuracy'] - row['accuracy']:+.3f} | {row['frechet']:.2f} +- {row['frechet_error']:.2f} | "
             f"{row['seconds']:.2f} |"
         )
-    lines += ["", *(f"{way}: {about}." for way, about in ABOUT.items()), ""]
+    lines += ["", *(f"{way}: {about}." for way, about in ABOUT.items() if way in by_way), ""]
     lines += ["Judge accuracy by class:", "", "| | " + " | ".join(CLASSES) + " |", "|---" * 11 + "|"]
     lines += [f"| {way} | " + " | ".join(f"{a:.2f}" for a in row["per_class"]) + " |" for way, row in by_way.items()]
     lines.append("")

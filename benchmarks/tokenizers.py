@@ -83,18 +83,23 @@ class Bench:
         frozen = self.teacher(plan.data) if plan.kind == "kd" else None
         return train(plan, self.folder, self.pictures(plan.data)[0], frozen)
 
-    def teacher_probe(self, name: str) -> float:
-        """Accuracy of a linear probe of the teacher's pooled features, measured once."""
-        path = self.folder / f"{name}-teacher-probe.json"
+    def bounds(self, name: str) -> dict[str, float]:
+        """Accuracy of linear probes of a data set's `pixels` and of its `teacher`'s pooled features, measured once."""
+        path = self.folder / f"{name}-bounds.json"
         if path.is_file() and not self.fresh:
-            return json.loads(path.read_text())["accuracy"]
+            return json.loads(path.read_text())
         network, (train_set, test, _) = self.teacher(name), self.pictures(name)
+        images, labels = (x[:PROBED] for x in train_set)
         with torch.no_grad():
-            pool = lambda images: torch.cat([network(p.float() / 255).mean(1) for p in images.split(500)])
-            known, unseen = pool(train_set[0][:PROBED]), pool(test[0])
-        accuracy = evaluate.probe(known, train_set[1][:PROBED], unseen, test[1])
-        path.write_text(json.dumps({"accuracy": accuracy}) + "\n")
-        return accuracy
+            pool = lambda part: torch.cat([network(p.float() / 255).mean(1) for p in part.split(500)])
+            features = pool(images), pool(test[0])
+        pixels = images.float().flatten(1) / 255, test[0].float().flatten(1) / 255
+        found = {
+            key: evaluate.probe(known, labels, unseen, test[1])
+            for key, (known, unseen) in (("pixels", pixels), ("teacher", features))
+        }
+        path.write_text(json.dumps(found) + "\n")
+        return found
 
     def measured(self, plan: Plan) -> bool:
         """Whether a plan's figures are there."""
@@ -158,13 +163,14 @@ def _gains(plain: list[dict], kd: list[dict]) -> list[str]:
         n = kd[0]["pictures"]
         spread = max(((r[key] * (1 - r[key]) / n) ** 0.5 for r in (*plain, *kd)), default=0)
         lines.append(
-            f"- {COLUMNS[key][0]}: VQ-KD above plain by {', '.join(f'{p:+.1f}' for p in pairs)} points, seed by seed "
-            f"(standard error of one accuracy from {n} test pictures: at most {100 * spread:.1f})"
+            f"- {COLUMNS[key][0]}: VQ-KD above plain by {', '.join(f'{p:+.1f}' for p in pairs)} points"
+            f"{', seed by seed' if len(pairs) > 1 else ''} (standard error of one accuracy from {n} test pictures: at "
+            f"most {100 * spread:.1f})"
         )
     return lines
 
 
-def _write(rows: dict[str, dict], plans: dict[str, list[Plan]], teachers: dict, quick: bool) -> None:
+def _write(rows: dict[str, dict], plans: dict[str, list[Plan]], bounds: dict, quick: bool) -> None:
     title = "# Tokenizers: quick run, not for figures" if quick else "# Tokenizers: to understand, or to copy"
     lines = [title, "", f"`{COMMAND}{' --quick' if quick else ''}`", "", *ABOUT.strip().splitlines(), ""]
     of = lambda wanted: [rows[name_of(plan)] for plan in wanted if name_of(plan) in rows]
@@ -178,8 +184,11 @@ def _write(rows: dict[str, dict], plans: dict[str, list[Plan]], teachers: dict, 
             groups.append(("VQ-KD of the demo: first seed, 3000 pixel steps", of(plans["demo"])))
         lines += _table(groups, ("usage", "perplexity", "probe_pooled", "probe_flat", "psnr", "frechet"))
         lines += ["", *_gains(plain, kd)]
-        if name in teachers:
-            lines.append(f"- the teacher itself, pooled features: {100 * teachers[name]:.1f}")
+        if name in bounds:
+            lines.append(
+                f"- by the same probe: the pixels themselves {100 * bounds[name]['pixels']:.1f}, the teacher's pooled "
+                f"features {100 * bounds[name]['teacher']:.1f}"
+            )
         lines.append("")
     if of(plans.get("language", [])):
         lines += ["## LG-VQ's losses, on Fashion-MNIST with captions", "", *ABOUT_LANGUAGE.strip().splitlines(), ""]
@@ -191,6 +200,7 @@ def _write(rows: dict[str, dict], plans: dict[str, list[Plan]], teachers: dict, 
         lines += _table(groups, ("usage", "perplexity", "probe_pooled", "probe_flat", "recall_1", "recall_10"))
         lines.append("")
     stem = "tokenizers-quick" if quick else "tokenizers"
+    lines += [f"![pictures]({stem}.png)", "", "Of each data set: originals, plain VQ, VQ-KD."]
     (RESULTS / f"{stem}.md").write_text("\n".join(lines).rstrip() + "\n")
     (RESULTS / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
@@ -225,7 +235,7 @@ def _sheet(bench: Bench, plans: dict[str, list[Plan]], path: Path) -> None:
 
     blocks = []
     for name in data.CHANNELS:
-        shown = [plan for plan in plans.get(name, []) if plan.seed == 0]
+        shown = [plan for plan in plans.get(name, []) if plan.seed == 0 and (plan.kind == "plain" or plan.pixel_steps)]
         shown += plans.get("demo", []) if name == "fashion" else []
         if not shown:
             continue
@@ -255,11 +265,11 @@ def run(quick: bool, fresh: bool, only: Sequence[str]) -> None:
         for plan in plans:
             bench.figures(plan)
         if key in data.CHANNELS:
-            bench.teacher_probe(key)
+            bench.bounds(key)
     bench.fresh = False
     # the report is of everything measured so far
     groups = {key: [plan for plan in plans if bench.measured(plan)] for key, plans in groups.items()}
     rows = {name_of(plan): bench.figures(plan) for plans in groups.values() for plan in plans}
-    teachers = {name: bench.teacher_probe(name) for name in data.CHANNELS if groups[name]}
-    _write(rows, groups, teachers, quick)
+    bounds = {name: bench.bounds(name) for name in data.CHANNELS if groups[name]}
+    _write(rows, groups, bounds, quick)
     _sheet(bench, groups, RESULTS / ("tokenizers-quick.png" if quick else "tokenizers.png"))

@@ -36,6 +36,9 @@ def asked(job: Job, guidance: Guidance, loss: Composable) -> dict[str, Any]:
         "weights": weights_digest(job.model),
         "guidance": guidance.to_dict() | {"loss": [described(term) for term in as_losses(loss).terms()]},
     }
+    change = getattr(job.model, "change", None)
+    if change is not None:
+        data["change"] = [_digest(tensor) for tensor in change]  # the files may be others under the same names
     return json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(plain(data))))
 
 
@@ -49,6 +52,11 @@ def weights_digest(model: Any) -> str:
                 digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
                 digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    tensor = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.numpy().tobytes()).hexdigest()
 
 
 def _networks(thing: Any) -> Iterator[torch.nn.Module]:
@@ -78,6 +86,9 @@ def difference(one: Any, other: Any, name: str = "") -> tuple[str, str] | None:
     name = name.removeprefix("options.").replace("_", " ")
     if name == "weights":
         return "weights of its own", "those of another model"
+    if name == "change" or name.startswith("change."):
+        part = "a change map" if name == "change.1" else "a source picture"
+        return f"{part} of its own", "another"
     return f"{name} {_short(one)}", _short(other)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from ..losses import read_image
+from ..samplers import Solver
+from ..samplers.change import check_solver
 from .cli_job import BAD, Job, Problem, told
 
 
@@ -44,6 +46,7 @@ def take_change(job: Job, source: str | None, change_map: str | None) -> None:
         picture = _fitted(read_image(source), model.size)
         free = _number(change_map)
         free = _fitted(read_image(change_map), model.size).mean(0) if free is None else torch.tensor(free)
+        check_solver(Solver.of(model.scheduler, job.run["steps"]))
     if not 0 <= float(free.min()) <= float(free.max()) <= 1:
         raise Problem(f"--change-map is in [0, 1], got {change_map}")
     job.model = dataclasses.replace(model, change=(picture, free))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +14,10 @@ from typing import Any, NoReturn
 import click
 import torch
 
-from ..losses.loss import Composable, as_losses
+from ..losses import registry
+from ..losses.loss import Composable, Term, as_losses
 from ..samplers import Record
+from ..samplers.change import UnsuitableChange
 from . import cli_output as output
 from . import recipes
 from .cli_model import PipelineModel, PixelModel, find_device, load_model
@@ -48,6 +52,31 @@ def told(*kinds: type[Exception]) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             raise Problem(f"{error.strerror}: '{error.filename}'") from error
         raise Problem(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def loss_told() -> Iterator[None]:
+    """What the user's own loss raises, as one sentence that says where."""
+    try:
+        yield
+    except Exception as error:
+        name, place, trace = "", "", error.__traceback__
+        while trace is not None:
+            frame = trace.tb_frame
+            if isinstance(frame.f_locals.get("self"), Term):
+                name = frame.f_locals["self"].name
+            if str(frame.f_globals.get("__name__")).startswith(registry.OWN_MODULE):
+                place = f"{os.path.relpath(frame.f_code.co_filename)}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        if not place or _lacks_memory(error):
+            raise
+        what = f"the loss '{name}'" if name else "a loss"
+        raise Problem(f"{what} raised {type(error).__name__}: {error} ({place})") from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
 
 
 BAD = (ValueError, LookupError, OSError)
@@ -98,7 +127,8 @@ class Job:
                 guidance = with_settings(guidance, _tuned(self.run["tuned"]))
         size = self.model.size or (64, 64)
         image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.model.device)
-        loss_gradient(image, list(guidance.loss.terms()), None, None)
+        with loss_told():
+            loss_gradient(image, list(guidance.loss.terms()), None, None)
         return guidance
 
     @contextmanager
@@ -115,15 +145,17 @@ class Job:
         """Pictures and record, see `PixelModel.draw`; of some seeds only where they are given."""
         seeds, progress = self.seeds if seeds is None else seeds, progress and not self.run["quiet"]
         try:
-            return self.model.draw(guidance, seeds, self.run["steps"], self.batch_size, prompt, progress=progress)
-        except (FloatingPointError, UnsuitableSolver) as error:
+            with loss_told():
+                return self.model.draw(guidance, seeds, self.run["steps"], self.batch_size, prompt, progress=progress)
+        except UnsuitableSolver as error:
+            raise Problem(re.sub(r"\brecipes\.(?=\w)", "--recipe ", str(error))) from error
+        except (FloatingPointError, UnsuitableChange) as error:
             raise Problem(str(error)) from error
         except (MemoryError, RuntimeError) as error:
             self._out_of_memory(error)
 
     def _out_of_memory(self, error: Exception) -> NoReturn:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and "out of memory" not in text and "not enough memory" not in text:
+        if not _lacks_memory(error):
             raise error
         smaller = f"try --batch-size {self.batch_size // 2}" if self.batch_size > 1 else "--dtype bfloat16 needs less"
         raise OutOfMemory(
@@ -134,7 +166,8 @@ class Job:
     def losses(self, loss: Composable, images: torch.Tensor) -> torch.Tensor:
         """The loss of each picture, without augmentation, `(N,)`."""
         parts = images.to(self.model.device).split(self.batch_size)
-        return torch.cat([as_losses(loss)(part) for part in parts])
+        with loss_told():
+            return torch.cat([as_losses(loss)(part) for part in parts])
 
     def mean_loss(self, loss: Composable, images: torch.Tensor) -> float:
         """The loss of pictures, without augmentation, averaged over them."""

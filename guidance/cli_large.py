@@ -36,7 +36,14 @@ def process() -> tuple[int, int]:
     Raises:
         ValueError: RANK and WORLD_SIZE are no such numbers.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    told_rank, told_world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        rank, world = int(told_rank), int(told_world)
+    except ValueError:
+        raise ValueError(
+            "the environment's RANK and WORLD_SIZE, which `accelerate launch` sets, are whole numbers, got "
+            f"'{told_rank}' and '{told_world}'"
+        ) from None
     if not 0 <= rank < world:
         raise ValueError(f"RANK is at least 0 and less than WORLD_SIZE, got {rank} of {world}")
     return rank, world
@@ -62,13 +69,15 @@ def draw_many(job: Job, guidance: Guidance, prompt: str, label: str, default: Pa
     """
     run = job.run
     rank, world = process()
-    if run["overwrite"] and (world > 1 or run["resume"]):
-        other = "of one process: remove the folder, or give another --out" if world > 1 else "not for --resume: choose"
-        raise Problem(f"--overwrite is {other}")
+    if run["overwrite"] and world > 1:
+        raise Problem("--overwrite is of one process: remove the folder, or give another --out")
+    if run["overwrite"] and run["resume"]:
+        raise Problem("--resume goes on with the run in --out, and --overwrite takes it away and begins anew: give one")
     if world > 1 and not Locks.several:
         raise Problem("several processes need file locks of Unix, which keep them from one another's pictures")
     wanted: Path = run["out"] or default
-    large = _Large(job, guidance, prompt, label, resolved)
+    with told(ValueError):
+        large = _Large(job, guidance, prompt, label, resolved)
     with told(ValueError), large.disk(wanted):
         large.enter(wanted, join=run["resume"] or world > 1)
     try:
@@ -107,7 +116,7 @@ class _Large:
                 if overwrite:
                     if not alone:
                         raise OSError(f"another process is at work in '{self.folder}'")
-                    clear(self.folder)
+                    clear(self.folder, strict=True)
                 settings = _read(self.folder / SETTINGS)
                 if join or settings is None:
                     self._enter(locks, alone, settings)
@@ -120,7 +129,7 @@ class _Large:
         job, count = self.job, len(self.job.seeds)
         batch = job.batch_size
         if settings is None:
-            if any((self.folder / name).exists() for name in (PICTURES, MANIFEST)) and not job.run["overwrite"]:
+            if output.holds_results(self.folder) and not job.run["overwrite"]:
                 raise ValueError(f"'{self.folder}' holds pictures, but not the {SETTINGS} of the run that they are of")
             self.began = True
         else:

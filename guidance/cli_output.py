@@ -33,10 +33,15 @@ def default_folder(*words: str) -> Path:
     return Path(PARENT) / (slug or "run")
 
 
+def holds_results(folder: Path) -> bool:
+    """Whether a folder has files that are named as results are."""
+    return folder.is_dir() and any(_WRITTEN.fullmatch(file.name) for file in folder.iterdir())
+
+
 def free_folder(wanted: Path) -> Path:
     """The folder, or where it holds results already, the first of `<name>-2`, `<name>-3` ... that does not."""
     folder, number = wanted, 1
-    while folder.is_dir() and any(_WRITTEN.fullmatch(file.name) for file in folder.iterdir()):
+    while holds_results(folder):
         number += 1
         whole = wanted.resolve()
         folder = (
@@ -54,7 +59,8 @@ def results_folder(wanted: Path, overwrite: bool = False) -> Iterator[Path]:
     With `overwrite` it is the wanted one, and what an earlier run wrote there is taken away.
 
     Raises:
-        OSError: it cannot be made or written to; with `overwrite`, another process is at work in it.
+        OSError: it cannot be made or written to; with `overwrite`, another process is at work in it, or it holds files
+            that no run wrote and this one would write over.
     """
     if overwrite and wanted.is_dir():
         cleared(wanted)

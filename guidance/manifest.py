@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from .files import Locks, open_plain, real_folder, sync_folder, write_all, write_whole
 
 SETTINGS, MANIFEST, PICTURES, CLAIMS = "settings.json", "manifest.jsonl", "pictures", ".claims"
-OWN = re.compile(r"(\d{5,}|sheet|record)\.png|(record|settings)\.json|manifest\.jsonl")  # beside the pictures
+_FIXED = ("sheet.png", "record.png", "record.json", SETTINGS, MANIFEST)  # beside the pictures
 PER_FOLDER = 1000
 _DOOR, _USE, _LIST, _FINISH, _FIRST = 0, 1, 2, 3, 8  # places of the locks: the last is the first batch's
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -308,36 +308,91 @@ def _out(folder: Path, locks: Locks, discard: Callable[[], bool] | None = None) 
 
 
 def cleared(folder: Path) -> None:
-    """Take away what earlier runs have written into a folder, see `clear`.
+    """Take away what an earlier run has written into a folder, see `clear`.
 
     Raises:
         OSError: something cannot be taken away, or another process is at work in it.
+        FileExistsError: a file that a run would write over is not that run's.
     """
     with entered(folder) as (locks, alone):
         if not alone:
             raise OSError(f"another process is at work in '{folder}'")
-        clear(folder)
+        clear(folder, strict=True)
     leave(folder, locks)
 
 
-def clear(folder: Path) -> None:
-    """Take away what runs have written into a folder, and nothing else; no link is followed.
+def clear(folder: Path, strict: bool = False) -> None:
+    """Take away what a run has written into a folder, and nothing else; no link is followed.
+
+    A run is known by its settings or the header of its manifest; its pictures are those of its seeds.
+
+    Args:
+        strict: take nothing away where there are files of such names that are not of a run here.
 
     Raises:
         OSError: something cannot be taken away.
+        FileExistsError: with `strict`, there are files of others.
     """
     if not folder.is_dir():
         return
-    for path in list(folder.iterdir()):
-        if OWN.fullmatch(re.sub(r"^\.(.+)\.partial$", r"\1", path.name)):
-            path.unlink()
-    if real_folder(folder / PICTURES):
-        for part in list((folder / PICTURES).iterdir()):
-            if re.fullmatch(r"\d{4,}", part.name) and real_folder(part):
-                for path in list(part.iterdir()):
-                    if re.fullmatch(r"\d{5,}\.png|\.\d{5,}\.png\.partial", path.name):
-                        path.unlink()
-                with suppress(OSError):
-                    part.rmdir()
+    beside, numbered = _written(folder)
+    own, foreign = [], []
+    for path in _named(folder):
+        name = re.sub(r"^\.(.+)\.partial$", r"\1", path.name)
+        fixed = name in _FIXED and path.parent == folder
+        seeds = beside if path.parent == folder else numbered
+        if seeds is not None and (fixed or int(name.removesuffix(".png")) in seeds):
+            own.append(path)
+        elif name == path.name:
+            foreign.append(path)
+    if strict and foreign:
+        raise FileExistsError(
+            f"'{min(foreign)}' is not of a run of lossguide that lies in '{folder}', and --overwrite takes away only "
+            "what such a run wrote: move it, or choose another --out"
+        )
+    for path in own:
+        path.unlink()
+    for part in {path.parent for path in own if path.parent != folder}:
         with suppress(OSError):
-            (folder / PICTURES).rmdir()
+            part.rmdir()
+    with suppress(OSError):
+        (folder / PICTURES).rmdir()
+
+
+def _named(folder: Path) -> Iterator[Path]:
+    """Files that are named as those of a run are."""
+    for path in folder.iterdir():
+        name = re.sub(r"^\.(.+)\.partial$", r"\1", path.name)
+        if name in _FIXED or re.fullmatch(r"\d{5,}\.png", name):
+            yield path
+    if real_folder(folder / PICTURES):
+        for part in (folder / PICTURES).iterdir():
+            if re.fullmatch(r"\d{4,}", part.name) and real_folder(part):
+                yield from (p for p in part.iterdir() if re.fullmatch(r"\d{5,}\.png|\.\d{5,}\.png\.partial", p.name))
+
+
+def _written(folder: Path) -> tuple[Collection[int] | None, Collection[int] | None]:
+    """The seeds of a run's pictures in its folder, and of those in the numbered folders; twice None without a run."""
+    settings, header = _json(folder / SETTINGS), _json(folder / MANIFEST)
+    plan = None
+    if {"pictures", "first_seed", "batch_size", "settings"} <= header.keys():
+        plan = header["first_seed"], header["pictures"]
+    elif {"command", "options"} <= settings.keys():
+        seeds = settings.get("seeds")
+        if not isinstance(seeds, dict):
+            return seeds if isinstance(seeds, list) else (), ()
+        plan = seeds.get("first"), seeds.get("count")
+    if plan is None:
+        return None, None
+    known = all(type(number) is int for number in plan)
+    return (), range(plan[0], plan[0] + plan[1]) if known else ()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file says, or a manifest's first line; nothing where it is not there, or says something else."""
+    try:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+            found = json.loads(file.readline() if path.name == MANIFEST else file.read())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

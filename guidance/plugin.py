@@ -162,7 +162,7 @@ def guide(
 
     Args:
         pipe: a diffusers pipeline, or modular pipeline, with a scheduler.
-        guidance: what a recipe returned; None guides nothing.
+        guidance: what a recipe returned; None, with a source, only changes that.
         decode: latents -> what the losses see, differentiable: pictures `(B, 3, H, W)` in [0, 1], videos
             `(B, F, 3, H, W)`, waveforms `(B, channels, T)`; or the name of a view that the pipeline has ("spectrogram",
             "waveform"). By default the pipeline's own autoencoder, or the pixels.
@@ -187,7 +187,8 @@ def guide(
         TypeError: the pipeline cannot be guided, or `guidance` is not a `Guidance`.
         ValueError: the pipeline does not have the view that `decode` names, or that `panel`.
     """
-    guidance = Guidance(None) if guidance is None else guidance
+    if guidance is None and source is not None:
+        guidance = Guidance(None)
     if not isinstance(guidance, Guidance):
         raise TypeError(
             f"guide(pipe, guidance) takes what a recipe returns, such as recipes.auto(loss); "

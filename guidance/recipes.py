@@ -479,14 +479,15 @@ def tokens(
     """For masked-token generators: Polyak steps on the logits of unknown tokens; what `auto` does there.
 
     The picture of which the gradient is taken has, at unknown places, the mean of the code vectors under the logits;
-    steps are natural ones, in the softmax's own metric. A loss without a gradient is followed by `inner=0` and
-    `candidates`, of which one is kept by its loss at each step.
+    steps are natural ones, in the softmax's own metric, of a root mean square of 1 at most: Polyak's, which aim at a
+    loss of 0 where no floor is known and which no picture has, would else override the generator. A loss without a
+    gradient is followed by `inner=0` and `candidates`, of which one is kept by its loss at each step.
 
     Args:
         inner: steps on the logits at each step of the scheduler; 0 for none.
         candidates, sharpness: draws of each step, of which one is kept by weights `exp(-sharpness * L)`.
     """
-    rule = Fisher(PolyakToFloor())
+    rule = Fisher(PolyakToFloor(cap=1.0))
     settings = dict(
         rule=None,
         through="x0",

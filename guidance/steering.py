@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..samplers.change import Change
+from ..samplers.change import Change, UnsuitableChange
 from ..samplers.random import generators
 from ..samplers.solver import Solver
 from .adapters import Adapter
@@ -217,7 +217,7 @@ class Steering:
             raise ValueError(f"{type(self.pipe).__name__} gives each token a noise of its own, which is not known here")
         visit = self.visits[self.position]
         if self.change is not None and (self.run.change is None or len(self.visits) != len(self.run.visits)):
-            raise ValueError(
+            raise UnsuitableChange(
                 f"{type(self.pipe).__name__} does not begin with noise of its own at the first of its timesteps, and "
                 "cannot take a change map: use its text-to-image pipeline, or sample(...) with a model of pixels"
             )

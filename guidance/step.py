@@ -262,7 +262,7 @@ class Run:
             goal = self._within(
                 -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
             )
-        dual = None
+        dual, at_x0 = None, signal
         if level.per_pixel:
             dual = None if guidance.toward is None else guidance.toward.spread_at(level)
             metric = _metric(level, solver.levels[step + 1], guidance.edit, through)
@@ -277,7 +277,7 @@ class Run:
             row["gradient_norm"] = norm(g).flatten()
         seen = _Seen(replace(signal, gradient=g, at_x0=goal, x0=solver.clipped(place)), fine)
         if guidance.inner is not None:
-            seen.displacement = self._inner_displacement(signal, terms, blur, seen)
+            seen.displacement = self._inner_displacement(at_x0, terms, blur, seen)
         if self._population is not None:
             self._population.weigh(loss)
             order = self._population.ancestors()
@@ -540,20 +540,29 @@ def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor |
 def _drew(landed: torch.Tensor, level: Level, after: Level, x0: torch.Tensor, noise: torch.Tensor) -> bool | None:
     """Whether a solver's step drew noise, by where it landed; None where no step would.
 
-    A deterministic solver's first step lands off the ancestral mean along the predicted noise.
+    A deterministic solver's first step lands off the ancestral mean along the predicted noise. Pixels whose level stays
+    do not tell.
     """
-    if not bool((level.step_std(after) > 0).all()):
+    draws = level.step_std(after) > 0
+    if not bool(draws.any()):
         return None
     off = landed - level.ancestral_mean(after, x0, noise)
+    if draws.dim():
+        off, noise = off * draws, noise * draws
     return bool((unit(off) * unit(noise)).flatten(1).sum(1).nanmedian() < 0.5)
 
 
 def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
     """Logarithm `(B,)` of the model's own density over the moved proposal's, where an ancestral step landed."""
     variance = signal.level.step_std(signal.next_level) ** 2
-    if not bool((variance > 0).all()):
+    draws = variance > 0
+    if not bool(draws.any()):
         return torch.zeros(len(move), dtype=torch.float64)
     drawn = signal.landed - signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
+    if draws.dim():  # pixels whose level stays draw nothing, and say nothing
+        drawn, move, variance = (
+            value.expand_as(drawn)[:, draws[0].expand(drawn.shape[1:])] for value in (drawn, move, variance)
+        )
     spread = (drawn.square() / variance).mean().item()  # one, for noise of that variance around that mean
     round_off = ((1e-5 * signal.landed.abs().amax()) ** 2 / variance).mean().item()
     if abs(spread - 1) > 0.05 + 6 * (2 / drawn.numel()) ** 0.5 + round_off:

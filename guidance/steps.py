@@ -381,7 +381,7 @@ class Spherical(StepRule):
         if not bool((step_std > 0).any()):
             return torch.zeros_like(signal.gradient), state
         mean = signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
-        drawn = (signal.landed - mean) * _over(torch.ones_like(step_std), step_std)  # in units of each pixel's own noise
+        drawn = (signal.landed - mean) * _over(torch.ones_like(step_std), step_std)  # over each pixel's noise
         along = (unit(drawn) * unit(signal.noise)).flatten(1).sum(1)
         # asked once, as the host waits for the answer
         if state is None and bool((norm(drawn) < 0.5 * signal.root).all() | (along > 0.9).all()):
@@ -435,7 +435,10 @@ class Shortest(StepRule):
     """The shortest, per sample, of the steps that several rules propose."""
 
     rules: tuple[StepRule, ...]
-    natural = True
+
+    @property
+    def natural(self) -> bool:
+        return all(rule.natural for rule in self.rules)
 
     def init(self, x):
         return tuple(rule.init(x) for rule in self.rules)
@@ -453,6 +456,10 @@ class Chain(StepRule):
     """Rules in a row: each takes the step of the one before as its gradient."""
 
     rules: tuple[StepRule, ...]
+
+    @property
+    def natural(self) -> bool:
+        return any(rule.natural for rule in self.rules)
 
     def init(self, x):
         return tuple(rule.init(x) for rule in self.rules)

@@ -6,6 +6,7 @@ A run is that of `step.Run`, whose inner steps act on the logits of the tokens t
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,8 @@ class TokenRun(Run):
             tokens: the mask token where there is none yet.
             logits: the transformer's, `(B, K, h, w)`.
             visit: which step, which repeat.
-            draw: the scheduler's own step, from logits and tokens to the next tokens, and all of them as drawn.
+            draw: the scheduler's own step, from logits and tokens to the next tokens, and all of them as drawn; where
+                there are candidates, it is told which one is drawn as well, and draws the first as the plain sampler.
             started: `time.perf_counter()` before the logits were made, for the record.
         """
         started = time.perf_counter() if started is None else started
@@ -114,17 +116,24 @@ class TokenRun(Run):
         return torch.where(moved, (place + move).clamp(-limit, limit).to(logits.dtype), logits)
 
     def _chosen(self, logits, tokens, terms: list, row: dict, draw) -> tuple[torch.Tensor, torch.Tensor]:
-        """One of several draws per picture, by the softmax of minus their losses (Li et al. 2024)."""
+        """One of several draws per picture, by the softmax of minus their losses (Li et al. 2024).
+
+        Draws whose loss is not finite are not chosen; where none is finite, the first is.
+        """
         settings = self.guidance.tokens
-        draws = [draw(logits, tokens) for _ in range(settings.candidates)]
+        draws = [draw(logits, tokens, candidate) for candidate in range(settings.candidates)]
         values = []
         for _, drawn in draws:
             image = self.generator.decode_soft(logits.float(), drawn)
             values.append({term.name: term(image).detach().float() for term in terms})
         values = {term.name: torch.stack([one[term.name] for one in values]) for term in terms}
         loss = sum(term.weight * values[term.name] for term in terms)
-        weights = -settings.sharpness * self.guidance.strength * loss.double().cpu()
-        weights = torch.nan_to_num(weights, nan=-1e300, neginf=-1e300).softmax(0)
+        finite = torch.isfinite(loss)
+        self._count(finite.all(0), row)
+        finite, weights = finite.cpu(), -settings.sharpness * self.guidance.strength * loss.double().cpu()
+        weights = torch.where(finite, weights, -math.inf)
+        weights[0] = torch.where(finite.any(0), weights[0], 0)
+        weights = weights.softmax(0)
         picks = [torch.multinomial(w, 1, generator=source) for w, source in zip(weights.T, self._sources)]
         pick = torch.cat(picks).to(tokens.device)
         places = torch.arange(len(tokens), device=tokens.device)

@@ -97,7 +97,10 @@ def _row(prompt: str, negatives: list[str] | None) -> list[str]:
     if negatives is None:
         negatives = hard_negatives(prompt)
         if not negatives:
-            raise ValueError(f"nothing in '{prompt}' can be swapped or left out for a negative; pass negatives=")
+            raise ValueError(
+                f"nothing in '{prompt}' can be swapped or left out for a negative; say how things stand, as in 'a boot "
+                "left of a bag', or, in Python, pass negatives="
+            )
     others = [text for text in negatives if text != prompt]
     if not others:
         raise ValueError(f"negatives are texts other than the prompt '{prompt}', at least one, got {negatives}")

@@ -75,6 +75,9 @@ _EMPTY = _ARTICLES | frozenset([
     "very",
 ])  # fmt: skip
 
+_VOWEL = re.compile(r"hour|honest|heir|(?!uni[^nm]|us[eiu]|ute|eu|one\b)[aeiou]")  # as it sounds, by and large
+_NEGATIONS = frozenset(["no", "not", "never", "neither", "nor"])
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -84,11 +87,24 @@ class Thing:
     attributes: tuple[str, ...]
     noun: str
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All but the article."""
+        return (*self.attributes, *self.noun.split())
+
+    @property
+    def indefinite(self) -> bool:
+        """Whether its article depends on the sound that follows."""
+        return self.article.lower() in ("a", "an")
+
+    @property
+    def negated(self) -> bool:
+        """Whether it is what is not there: "no cat", "not a cat"."""
+        return any(word.lower() in _NEGATIONS or word.lower().endswith("n't") for word in self.words)
+
     def __str__(self) -> str:
-        words = " ".join((*self.attributes, self.noun))
-        if self.article.lower() in ("a", "an"):
-            return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
-        return f"{self.article} {words}".strip()
+        article = self.article.lower() if self.indefinite else self.article
+        return " ".join((article, *self.words)).strip()
 
 
 @dataclass(frozen=True)
@@ -191,37 +207,54 @@ def hard_negatives(prompt: str) -> list[str]:
     """Texts that share a prompt's words and mean something else, or less; each once, the most alike first.
 
     A link's opposite ("right of" for "left of", and "above" and "below" of them), the two things around a link in each
-    other's place (where that matters), their attributes exchanged, one attribute less, one thing alone.
+    other's place (where that matters), their attributes exchanged, one attribute less, one thing alone. What is negated
+    ("no cat") stays as it is, with the links beside it.
     """
     phrase = read(prompt)
     things, links = phrase.things, phrase.links
+    articles = {thing.words[0].lower(): thing.article for thing in things if thing.indefinite}  # as the prompt has them
     found: list[Phrase] = []
 
     def with_things(**changed: Thing) -> Phrase:
         return replace(phrase, things=tuple(changed.get(f"_{i}", thing) for i, thing in enumerate(things)))
 
+    def described(thing: Thing, attributes: tuple[str, ...]) -> Thing:
+        """The thing with other attributes, and the article of its first word, where that is another."""
+        changed = replace(thing, attributes=attributes)
+        first = changed.words[0].lower()
+        if not thing.indefinite or first == thing.words[0].lower():
+            return changed
+        return replace(changed, article=articles.get(first, "an" if _VOWEL.match(first) else "a"))
+
     for i, link in enumerate(links):
+        if any(thing.negated for thing in things[i : i + 2]):
+            continue
         found += [replace(phrase, links=(*links[:i], other, *links[i + 1 :])) for other in _reversed(link)]
     joined = range(len(things) - 1)
     for i in joined:
-        if not _either_way(links[i]):
+        if not _either_way(links[i]) and not any(thing.negated for thing in things[i : i + 2]):
             found.append(with_things(**{f"_{i}": things[i + 1], f"_{i + 1}": things[i]}))
     for i in joined:
         a, b = things[i : i + 2]
-        if a.attributes != b.attributes and a.noun != b.noun:
-            exchanged = replace(a, attributes=b.attributes), replace(b, attributes=a.attributes)
+        if a.attributes != b.attributes and a.noun != b.noun and not a.negated and not b.negated:
+            exchanged = described(a, b.attributes), described(b, a.attributes)
             found.append(with_things(**{f"_{i}": exchanged[0], f"_{i + 1}": exchanged[1]}))
     for i, thing in enumerate(things):
-        for k in range(len(thing.attributes)):
+        for k in range(0 if thing.negated else len(thing.attributes)):
             fewer = thing.attributes[:k] + thing.attributes[k + 1 :]
-            found.append(with_things(**{f"_{i}": replace(thing, attributes=fewer)}))
-    if len(things) > 1:
-        found += [Phrase(phrase.frame, (thing,), ("",)) for thing in things]
-    return [text for text in dict.fromkeys(map(str, found)) if text != str(phrase)]
+            found.append(with_things(**{f"_{i}": described(thing, fewer)}))
+    there = [thing for thing in things if not thing.negated]
+    if len(there) > 1:
+        found += [Phrase(phrase.frame, (thing,), ("",)) for thing in there]
+    sound = [one for one in found if all(map(_content, one.things))]  # "the left of a bag" has a thing "the"
+    return [text for text in dict.fromkeys(map(str, sound)) if text != str(phrase)]
 
 
 def content_words(prompt: str) -> list[str]:
     """The words that name what can be seen, in small letters, each once: no articles, no links, no "photo of"."""
-    words = [word for thing in read(prompt).things for word in (*thing.attributes, *thing.noun.split())]
-    found = (re.sub(r"^\W+|\W+$", "", word.lower()) for word in words)
-    return [word for word in dict.fromkeys(found) if word and word not in _EMPTY]
+    return list(dict.fromkeys(word for thing in read(prompt).things for word in _content(thing)))
+
+
+def _content(thing: Thing) -> list[str]:
+    found = (re.sub(r"^\W+|\W+$", "", word.lower()) for word in thing.words)
+    return [word for word in found if word and word not in _EMPTY]

@@ -111,6 +111,7 @@ _PYTHON_ONLY = (
     *("saliency", "depth", "landmarks", "detection", "face-identity", "attribute"),
 )
 
+OWN_MODULE = "_lossguide_"  # what the names of modules from the user's files begin with
 _WEIGHT = re.compile(r"\s*([^*:\s]+)\s*\*\s*(.*)", re.DOTALL)
 _FILE = re.compile(r"(.+\.py):(\w+)")
 
@@ -223,7 +224,7 @@ def _in_words(name: str, argument: str) -> tuple[Codebook, str]:
 def _own_function(path: Path, function: str) -> Composable | Callable:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file '{path}' to take the loss '{function}' from")
-    spec = importlib.util.spec_from_file_location(f"_lossguide_{path.stem}_{abs(hash(path.resolve()))}", path)
+    spec = importlib.util.spec_from_file_location(f"{OWN_MODULE}{path.stem}_{abs(hash(path.resolve()))}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)

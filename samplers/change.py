@@ -13,6 +13,24 @@ _RESTARTS = ("sample", "last_sample", "cur_sample")  # where solvers keep a samp
 _HISTORIES = ("model_outputs", "ets", "derivatives")
 
 
+class UnsuitableChange(ValueError):
+    """What a model, solver or pipeline cannot do with a source and its change map."""
+
+
+def check_solver(solver: Solver) -> None:
+    """Make sure that a solver can take a change map.
+
+    Raises:
+        UnsuitableChange: it starts again from a sample of its own.
+    """
+    scheduler = solver.scheduler
+    if not solver.keeps_shifts or any(hasattr(scheduler, name) for name in _RESTARTS):
+        raise UnsuitableChange(
+            f"a change map needs a solver that starts from the sample it is given, which "
+            f"{type(scheduler).__name__} does not: choose DDIM, Euler or DPM-Solver++ (multistep)"
+        )
+
+
 class Change:
     """Pixel i keeps the re-noised source while `t > map_i`, where `t` is the share of the steps that is left.
 
@@ -29,12 +47,12 @@ class Change:
 
     def __init__(self, source: torch.Tensor, change_map: torch.Tensor):
         if not bool(((change_map >= 0) & (change_map <= 1)).all()):
-            raise ValueError(
+            raise UnsuitableChange(
                 f"a change map is in [0, 1], from what stays to what is free; got {change_map.min():g} to "
                 f"{change_map.max():g}"
             )
         if not _fits(change_map.shape[1:], source.shape[1:]):
-            raise ValueError(
+            raise UnsuitableChange(
                 f"a change map of shape {tuple(change_map.shape)} does not fit samples of shape {tuple(source.shape)}"
             )
         self.source, self.change_map = source, change_map.float()
@@ -49,7 +67,9 @@ class Change:
         """
         for name, value in (("sources", self.source), ("change maps", self.change_map)):
             if len(value) not in (1, pictures):
-                raise ValueError(f"there are {len(value)} {name} for {pictures} pictures: pass one for all, or each")
+                raise UnsuitableChange(
+                    f"there are {len(value)} {name} for {pictures} pictures: pass one for all, or each"
+                )
 
     def part(self, start: int, count: int) -> Change:
         """That of `count` pictures of a run, or of those that are left, from `start` on."""
@@ -71,15 +91,11 @@ class Change:
         Raises:
             ValueError: the solver starts again from a sample of its own, or the samples are of another shape or number.
         """
+        check_solver(solver)
         scheduler = solver.scheduler
-        if not solver.keeps_shifts or any(hasattr(scheduler, name) for name in _RESTARTS):
-            raise ValueError(
-                f"a change map needs a solver that starts from the sample it is given, which "
-                f"{type(scheduler).__name__} does not: choose DDIM, Euler or DPM-Solver++ (multistep)"
-            )
         self.check(len(x))
         if self.source.shape[1:] != x.shape[1:]:
-            raise ValueError(
+            raise UnsuitableChange(
                 f"a source is a sample of shape {tuple(x.shape[1:])} to this model, got {tuple(self.source.shape[1:])}"
             )
         steps = len(solver)
@@ -131,15 +147,17 @@ def change_of(source: torch.Tensor, change_map: torch.Tensor | float | None, sha
         ValueError: there is no map, or a shape is another.
     """
     if change_map is None:
-        raise ValueError("how far the source may change is not said: pass a change_map, 0 where it stays, 1 where free")
+        raise UnsuitableChange(
+            "how far the source may change is not said: pass a change_map, 0 where it stays, 1 where free"
+        )
     change_map = torch.as_tensor(change_map).detach().cpu()
     source = source[None] if source.dim() == len(shape) else source
     if tuple(source.shape[1:]) != tuple(shape):
-        raise ValueError(
+        raise UnsuitableChange(
             f"source is of shape {tuple(shape)}, or one such per picture, to this model; got {tuple(source.shape)}"
         )
     if change_map.dim() > len(shape) + 1:
-        raise ValueError(f"a change map is (H, W), or (B, 1, H, W); got {tuple(change_map.shape)}")
+        raise UnsuitableChange(f"a change map is (H, W), or (B, 1, H, W); got {tuple(change_map.shape)}")
     missing = len(shape) + 1 - change_map.dim()
     return Change(source, change_map.reshape((1,) * missing + tuple(change_map.shape)))
 

@@ -197,6 +197,7 @@ def _prepared(denoiser: Denoiser, images, bits, seeds, rounded) -> tuple[Path | 
 
 def _as_samples(denoiser: Denoiser, images: torch.Tensor, bits: int | None) -> torch.Tensor:
     """Pictures as the model knows them."""
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
     if bits is None:
         x = images
     else:
@@ -217,7 +218,7 @@ def _as_samples(denoiser: Denoiser, images: torch.Tensor, bits: int | None) -> t
         x = (images.clamp(0, 1) * most).round() / most * 2 - 1
     if tuple(x.shape[1:]) != denoiser.shape:
         raise ValueError(f"the model's samples have shape {denoiser.shape}, and these {tuple(x.shape[1:])}")
-    return x if x.is_floating_point() else x.float()
+    return x
 
 
 def _width(bits: int) -> float:

@@ -88,7 +88,8 @@ def sample(
     On a CUDA device the host waits for no step, with or without graphs, and gives the device its work ahead. It has to
     wait for guidances whose course depends on what they find (particles, the conjugate gradients of `pigdm`, `ddnm` and
     `diffpir`, `raise_on_nonfinite`), once per run to see whether the solver draws noise, and in diffusers' own steps of
-    DDPM, ancestral and SDE solvers and UniPC.
+    DDPM, ancestral and SDE solvers, UniPC and token generators. Levels per pixel lie on the device, and what depends on
+    them (`score` edits, `dsg`) waits, too.
 
     Returns:
         `Result` with images, samples, record and seeds.
@@ -113,6 +114,8 @@ def sample(
         raise ValueError("seeds holds one integer per picture; it is empty")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if isinstance(denoiser, TokenGenerator):
+        denoiser.check(len(seeds))
     size = len(seeds) if batch_size is None else batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     captures = Captures() if graphs else None
@@ -124,7 +127,10 @@ def sample(
     parts = [change and change.part(start, size) for start in range(0, len(seeds), size)]
     with denoiser.frozen(), tqdm(total=0, disable=not progress, unit="step") as bar:
         if isinstance(denoiser, TokenGenerator):
-            done = [draw_batch(denoiser, guidance, steps, batch, len(batches), bar) for batch in batches]
+            done = [
+                draw_batch(denoiser.part(i * size, size), guidance, steps, batch, len(batches), bar)
+                for i, batch in enumerate(batches)
+            ]
         else:
             done = [
                 _sample_batch(denoiser, guidance, steps, batch, eta, len(batches), bar, captures, part)

@@ -19,7 +19,11 @@ _CONSISTENCY = ("CMStochastic", "LCM", "TCD")
 
 def path_of(denoiser: Denoiser, rounded: bool = False) -> Path | PixelPath:
     """The path of a denoiser, by its scheduler; see `Path` for arguments and errors."""
-    return PixelPath(denoiser) if getattr(denoiser.scheduler, "per_pixel", False) else Path(denoiser, rounded)
+    if not getattr(denoiser.scheduler, "per_pixel", False):
+        return Path(denoiser, rounded)
+    if rounded:
+        raise ValueError("rounded is for models of trained timesteps; one that is told levels per pixel has none")
+    return PixelPath(denoiser)
 
 
 class Path:

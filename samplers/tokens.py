@@ -8,6 +8,7 @@ again, fewer from step to step.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 
 from .denoiser import frozen
 from .levels import Level
-from .random import generators
+from .random import generators, particle_seeds
 from .record import Record
 from .time_travel import visits
 
@@ -28,7 +29,7 @@ class TokenGenerator:
 
     Attributes:
         transformer: callable `(tokens, **condition) -> logits (B, K, h, w)`.
-        vqvae: the `VQModel` whose tokens they are.
+        vqvae: the `VQModel` whose tokens they are; a copy in float32 of one that is too large for float16.
         scheduler: an `AmusedScheduler`; never mutated.
         shape: `(h, w)`, tokens of a picture.
         condition, negative: what the transformer is told besides the tokens, and what classifier-free guidance leads
@@ -58,6 +59,24 @@ class TokenGenerator:
     def codes(self) -> torch.Tensor:
         """The code vectors `(K, d)`."""
         return self.vqvae.quantize.embedding.weight
+
+    def check(self, pictures: int) -> None:
+        """Make sure that the conditions are for so many pictures.
+
+        Raises:
+            ValueError: one is for another number.
+        """
+        for value in (*self.condition.values(), *self.negative.values()):
+            if len(value) not in (1, pictures):
+                raise ValueError(f"the condition is for {len(value)} pictures, one row each, and {pictures} are drawn")
+
+    def part(self, start: int, count: int) -> TokenGenerator:
+        """That of `count` pictures of a run, or of those that are left, from `start` on."""
+        condition, negative = (
+            {name: value if len(value) == 1 else value[start : start + count] for name, value in one.items()}
+            for one in (self.condition, self.negative)
+        )
+        return dataclasses.replace(self, condition=condition, negative=negative)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -100,7 +119,8 @@ class TokenGenerator:
     def _picture(self, vectors: torch.Tensor) -> torch.Tensor:
         """The decoder without the search for the nearest codes, which `VQModel.decode` would begin with."""
         vqvae = self.vqvae
-        vectors = vectors.movedim(-1, 1).to(self.codes.dtype).contiguous()
+        dtype = vqvae.post_quant_conv.weight.dtype  # diffusers keeps codes in float32 where the rest is in half
+        vectors = vectors.movedim(-1, 1).to(dtype).contiguous()
         spatial = vectors if vqvae.config.norm_type == "spatial" else None
         return vqvae.decoder(vqvae.post_quant_conv(vectors), spatial).float()
 
@@ -125,7 +145,8 @@ def token_generator(
 
     Args:
         transformer: a `UVit2DModel`, or any callable `(tokens, **condition) -> logits (B, K, h, w)`.
-        vqvae: the `VQModel` whose tokens they are, decoding to [0, 1] as aMUSEd's.
+        vqvae: the `VQModel` whose tokens they are, decoding to [0, 1] as aMUSEd's. Where it is in float16 and its
+            config says `force_upcast`, as aMUSEd's, a copy in float32 decodes.
         scheduler: an `AmusedScheduler`; never mutated.
         condition: what the transformer is told besides: for a UVit2DModel `encoder_hidden_states (1 or B, n, d)`,
             `pooled_text_emb (1 or B, p)`, `micro_conds (1 or B, m)`; by default zeros, for a model that was trained so.
@@ -177,6 +198,8 @@ def token_generator(
             {name: value.to(parameter.dtype) if value.is_floating_point() else value for name, value in one.items()}
             for one in (condition, negative or {})
         )
+    if vqvae.post_quant_conv.weight.dtype == torch.float16 and getattr(vqvae.config, "force_upcast", False):
+        vqvae = copy.deepcopy(vqvae).float()
     return TokenGenerator(
         transformer,
         vqvae,
@@ -212,6 +235,7 @@ class Unmasking:
         times: the scheduler's timesteps.
         levels: `N + 1` levels, the share of tokens that are known as `alpha^2` and of the masked as `sigma^2`, from
             which progress on the noise's clock is told; step `i` leads from `levels[i]` to `levels[i + 1]`.
+        progress: the progress of DDPM at each step's level, as a `Solver`'s.
     """
 
     keeps_shifts = True
@@ -227,6 +251,7 @@ class Unmasking:
         if self.scheduler.config.masking_schedule == "cosine":
             shares = [1 - math.cos(share * math.pi / 2) for share in shares]
         self.levels = [Level.of(share**0.5, (1 - share) ** 0.5) for share in shares]
+        self.progress = [level.progress for level in self.levels[:-1]]
 
     def __len__(self) -> int:
         return len(self.times)
@@ -263,16 +288,22 @@ def draw_batch(
     generator: TokenGenerator, guidance, steps: int, seeds: list[int], batches: int, bar
 ) -> tuple[torch.Tensor, Record]:
     """Tokens `(B, h, w)` on the CPU, one grid per seed, and the record of the run."""
-    schedule, sources = Unmasking(generator, steps), generators(seeds)
+    schedule = Unmasking(generator, steps)
     run = None if guidance is None else guidance.begin_tokens(schedule, generator, seeds)
     plan = visits(range(steps)) if run is None else run.visits
     record = Record() if run is None else run.record
     bar.total = len(plan) * batches
+    candidates = 1 if run is None else run.guidance.tokens.candidates
+    sources = generators(particle_seeds(seeds, candidates))  # the first candidate's are the picture's own
     tokens = torch.full((len(seeds), *generator.shape), generator.mask_token, device=generator.device)
     for visit in plan:
         start, i = time.perf_counter(), visit.step
         logits = generator.logits(tokens)
-        draw = lambda logits, tokens, i=i: schedule.draw(logits, i, tokens, sources)
+
+        def draw(logits, tokens, candidate=0, i=i):
+            own = sources[candidate * len(seeds) : (candidate + 1) * len(seeds)]
+            return schedule.draw(logits, i, tokens, own)
+
         if run is None:
             tokens, _ = draw(logits, tokens)
             record.add(step=i, visit=0, timestep=schedule.times[i], seconds=time.perf_counter() - start)

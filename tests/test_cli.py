@@ -18,9 +18,11 @@ from click.testing import CliRunner
 from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
 from lossguide.guidance import cli_job, cli_model, cli_output, cli_restore, contact_sheet, recipes
 from lossguide.guidance.cli import main
+from lossguide.guidance.steps import UnsuitableSolver
 from lossguide.losses import demo as words
 from lossguide.losses import read_image, registry
 from lossguide.samplers import demo
+from lossguide.samplers.change import UnsuitableChange
 from models import tiny_stable_diffusion, vp_scheduler
 from PIL import Image
 
@@ -30,6 +32,9 @@ def bright(image):
 
 def single(image):
     return image.mean()
+
+def broken(image):
+    return {}["eyes"]
 
 def unconnected(image):
     return image.detach().flatten(1).mean(1)
@@ -266,6 +271,16 @@ BAD = {
     "no loss picture": (["generate", "--loss", "color:none.png"], "none.png"),
     "loss of another shape": (["generate", "--loss", "own.py:single"], "one number per sample"),
     "loss without gradient": (["generate", "--loss", "own.py:unconnected"], "not differentiable"),
+    "loss that raises": (["generate", "--loss", "own.py:broken"], "'broken' raised KeyError: 'eyes' (own.py:9)"),
+    "a raising loss among others": (
+        ["tune", *BRIGHT, "--loss", "2*own.py:broken", "--judge", "own.py:bright"],
+        "'broken' raised KeyError: 'eyes' (own.py:9)",
+    ),
+    "no negatives": (["generate", "--loss", "contrast:boot"], "say how things stand, as in 'a boot left of a bag'"),
+    "a solver for no change map": (
+        ["generate", *BRIGHT, "--source", "photo.png", "--change-map", "0.5", "--scheduler", "unipc"],
+        "UniPCMultistepScheduler does not: choose DDIM",
+    ),
     "outside the demo": (["generate", "a red dog"], "'a red dog' does not name exactly one"),
     "two classes": (["generate", "a bag and a boot"], "--clip-model"),
     "no such recipe": (["generate", *BRIGHT, "--recipe", "fredom"], "did you mean 'freedom'"),
@@ -306,6 +321,24 @@ def test_bad_input_gets_one_sentence_and_leaves_no_folder(place, case):
     arguments, part = BAD[case]
     assert part in fails(*arguments)
     assert not list((place / "lossguide-out").glob("*"))
+
+
+def test_a_pipeline_that_takes_no_change_map_is_told(place, monkeypatch):
+    def draw(*_, **__):
+        raise UnsuitableChange("how such a pipeline encodes a picture is not known here")
+
+    picture(place / "photo.png", 32)
+    monkeypatch.setattr(cli_model.PixelModel, "draw", draw)
+    told = fails("generate", *BRIGHT, *QUICK, "--source", "photo.png", "--change-map", "0.5")
+    assert "not known here" in told and not list((place / "lossguide-out").glob("*"))
+
+
+def test_a_recipe_that_is_not_for_tokens_says_the_option(monkeypatch):
+    def draw(*_, **__):
+        raise UnsuitableSolver("a token generator has none", "recipes.auto or recipes.tokens")
+
+    monkeypatch.setattr(cli_model.PixelModel, "draw", draw)
+    assert "choose --recipe auto or --recipe tokens" in fails("generate", *BRIGHT, *QUICK)
 
 
 def test_broken_model_folders_are_told(place, models):

@@ -27,6 +27,7 @@ from lossguide.guidance.manifest import Manifest, clear, entered, leave
 from lossguide.losses import registry
 from lossguide.samplers import Record, demo
 from models import tiny_stable_diffusion, vp_scheduler
+from PIL import Image
 from tqdm import tqdm
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and file locks")
@@ -500,7 +501,73 @@ def test_nothing_is_overwritten_unless_it_is_asked_for(place):
     assert set(content(place / "x")) == {
         "00000.png", "00001.png", "notes.txt", "record.json", "record.png", "settings.json", "sheet.png",
     }  # fmt: skip
-    assert "--overwrite" in fails("--num-images", 2, "--out", "x", "--overwrite", "--resume")
+    told = fails("--num-images", 2, "--out", "x", "--overwrite", "--resume")
+    assert "--resume goes on with the run in --out, and --overwrite takes it away" in told
+
+
+def test_overwrite_takes_nothing_away_that_no_run_wrote(place):
+    folder = place / "x"
+    (folder / "pictures" / "0000").mkdir(parents=True)
+    for name in ("00000.png", "pictures/0000/00007.png", "notes.txt"):
+        (folder / name).write_text("mine")
+    before = content(folder)
+    few, many = ("--num-images", 2, "--out", "x", "--overwrite"), ("--num-images", 65, "--out", "x", "--overwrite")
+    for arguments in (few, many):
+        assert "is not of a run of lossguide" in fails(*arguments) and content(folder) == before
+    assert "not the settings.json" in fails("--num-images", 6, "--out", "x", "--resume")
+    for text in ('{"editor.tabSize": 4}', "[]", "{"):  # somebody else's
+        (folder / "settings.json").write_text(text)
+        assert "is not of a run of lossguide" in fails(*few)
+    assert {**content(folder), "settings.json": b""} == {**before, "settings.json": b""}
+
+
+def test_overwrite_knows_the_pictures_of_the_run_by_its_seeds(place):
+    folder = place / "x"
+    works("--num-images", 2, "--seed", 3, "--steps", 1, "--out", "x")
+    (folder / "00009.png").write_text("mine")
+    before = content(folder)
+    assert "00009.png" in fails("--num-images", 2, "--seed", 9, "--out", "x", "--overwrite")
+    assert content(folder) == before
+    (folder / "00009.png").unlink()
+    works("--num-images", 2, "--seed", 9, "--steps", 1, "--out", "x", "--overwrite")
+    assert sorted(path.name for path in folder.glob("0*.png")) == ["00009.png", "00010.png"]
+    works("--num-images", 6, "--resume", "--out", "y")
+    (place / "y" / "settings.json").write_text("{")  # the manifest tells it, too
+    (place / "y" / "pictures" / "0000" / "00006.png").write_text("mine")
+    assert "00006.png" in fails("--num-images", 2, "--out", "y", "--overwrite")
+    (place / "y" / "pictures" / "0000" / "00006.png").unlink()
+    works("--num-images", 2, "--steps", 1, "--out", "y", "--overwrite")
+    assert not (place / "y" / "pictures").exists() and not (place / "y" / "manifest.jsonl").exists()
+
+
+def test_resume_refuses_another_source_or_map_of_the_same_name(place):
+    def saved(name, level):
+        Image.new("RGB", (8, 8), (level,) * 3).save(name)
+
+    saved("source.png", 10)
+    saved("map.png", 200)
+    arguments = ("--num-images", 3, "--resume", "--out", "x", "--source", "source.png", "--change-map", "map.png")
+    works(*arguments)
+    works(*arguments)
+    saved("source.png", 11)
+    assert "has a source picture of its own, and this one has another" in fails(*arguments)
+    saved("source.png", 10)
+    saved("map.png", 201)
+    assert "has a change map of its own, and this one has another" in fails(*arguments)
+    saved("map.png", 200)
+    works(*arguments)
+
+
+def test_a_loss_of_ones_own_that_raises_only_here_is_told(place):
+    text = "def bright(image):\n    if not image.requires_grad:\n        raise ValueError('no {}')\n"
+    (place / "own.py").write_text(text + "    return image.flatten(1).mean(1)\n")
+    told = fails("--num-images", 70, "--out", "x")
+    assert "the loss 'bright' raised ValueError: no {} (own.py:3)" in told and not (place / "x").exists()
+
+
+def test_a_rank_that_is_no_number_is_told(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert "RANK and WORLD_SIZE" in fails("--num-images", 3)
 
 
 def test_a_command_killed_while_it_works_is_gone_on_with(place):

@@ -327,3 +327,11 @@ def test_the_demo_finds_garments_likelier_than_their_negatives():
     along = ode_bpd(model, garments[:1], steps=10)
     assert (along.bpd - real[:1]).abs().max() < 0.7
     assert isinstance(model.scheduler, DDIMScheduler)
+
+
+def test_pictures_in_half_precision_are_judged_in_full():
+    """The same 8-bit pictures, which half precision holds well enough to find their bins."""
+    image = torch.tensor([0, 51, 102, 255]).view(1, 1, 2, 2) / 255
+    model = denoiser(lambda x, t: 0.3 * x, DDIMScheduler(), kind="epsilon", shape=(1, 2, 2))
+    wanted = elbo_bpd(model, image, times=8).bpd
+    torch.testing.assert_close(elbo_bpd(model, image.half(), times=8).bpd, wanted)

@@ -9,8 +9,21 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lossguide.guidance import guide, recipes
+from lossguide.guidance.guidance import Inner
 from lossguide.guidance.proximal import Proximal
-from lossguide.guidance.steps import AsScore, NoiseScaled, Polyak, PolyakToFloor, SigmaScaled, Signal, Unit
+from lossguide.guidance.step import _drew
+from lossguide.guidance.steps import (
+    AsScore,
+    Chain,
+    Constant,
+    NoiseScaled,
+    Polyak,
+    PolyakToFloor,
+    Shortest,
+    SigmaScaled,
+    Signal,
+    Unit,
+)
 from lossguide.samplers import (
     Level,
     MultivariateScheduler,
@@ -513,3 +526,45 @@ def test_graphs_and_change_maps_know_maps_of_levels():
     changed = sample(model, guidance, steps=6, seeds=[0, 1], source=source, change_map=change).images
     apart = (changed - source).abs().amax((0, 1, 2))
     assert apart[0] == 0 and (apart[1:] > 0).all()
+
+
+class Spy(PolyakToFloor):
+    """Keeps the metrics it was given."""
+
+    def update(self, signal, state):
+        seen.append(signal.metric)
+        return super().update(signal, state)
+
+
+seen: list = []
+
+
+def test_inner_steps_step_in_the_metric_of_x0():
+    seen.clear()
+    scheduler = MultivariateScheduler(polynomial())
+    model = denoiser(lambda x, gamma: sigma(gamma) * x, scheduler, shape=SHAPE, per_pixel=True, decode=lambda x: x)
+    loss = lambda image: image.square().flatten(1).mean(1)
+    guidance = recipes.dps(loss, inner=Inner(1, Spy()), time_travel=None)
+    sample(model, guidance, steps=3, seeds=[0])
+    solver = Solver.of(scheduler, 3)
+    assert len(seen) == 3
+    for metric, level in zip(seen, solver.levels):
+        torch.testing.assert_close(metric, level.x0_variance)
+
+
+def test_a_composed_rule_is_natural_as_its_parts_are():
+    assert Shortest((Unit(), PolyakToFloor())).natural and not Shortest((Unit(), Constant())).natural
+    assert Chain((Constant(), Unit())).natural and not Chain((Constant(), Constant(2.0))).natural
+
+
+def test_where_some_levels_stay_the_others_tell_whether_noise_is_drawn():
+    """One pixel's level is the same at both ends of a step: nothing is drawn there, and it does not count."""
+    start = torch.linspace(-2, 2, 8).view(1, 1, 2, 4)
+    fall = torch.full_like(start, 2.0)
+    fall[..., 0, 0] = 0
+    level, after = Level.of_gamma(start), Level.of_gamma(start - fall)
+    x0, noise, fresh = torch.randn(3, 4, 1, 2, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    mean = level.ancestral_mean(after, x0, noise)
+    assert _drew(mean + level.step_std(after) * fresh, level, after, x0, noise) is True
+    assert _drew(after.alpha * x0 + after.sigma * noise, level, after, x0, noise) is False
+    assert _drew(mean, level, level, x0, noise) is None

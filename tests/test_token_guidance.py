@@ -155,6 +155,37 @@ def test_condition_reaches_the_transformer():
         sample(model, steps=2, seeds=[0, 1])
 
 
+def conditions(rows: int, **more) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    shapes = dict(encoder_hidden_states=(5, 6), pooled_text_emb=(4,), micro_conds=(5,))
+    return {name: torch.randn(rows, *shape) * more.get("scale", 1.0) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, None])
+def test_each_picture_has_its_own_condition_in_every_batch(batch_size):
+    each, none = conditions(4), conditions(4, scale=0.1)
+    row = lambda of, i: {name: value[i : i + 1] for name, value in of.items()}
+    made = generator(condition=each, negative=none, guidance_scale=3.0)
+    told, own = [], made.transformer.forward
+    made.transformer.forward = lambda tokens, **more: told.append(more["pooled_text_emb"]) or own(tokens, **more)
+    found = sample(made, recipes.tokens(Red(), inner=1), steps=4, seeds=SEEDS, batch_size=batch_size).samples
+    size = batch_size or 4
+    for first, start in zip(told[::4], range(0, 4, size)):  # four steps, each of which asks once
+        both = [of["pooled_text_emb"][start : start + size] for of in (none, each)]
+        assert torch.equal(first, torch.cat(both))
+    for i in SEEDS:
+        alone = generator(condition=row(each, i), negative=row(none, i), guidance_scale=3.0)
+        assert torch.equal(sample(alone, recipes.tokens(Red(), inner=1), steps=4, seeds=[i]).samples[0], found[i])
+
+
+@pytest.mark.parametrize("which", ["condition", "negative"])
+def test_conditions_of_another_number_of_pictures_are_refused(which):
+    given = dict(condition=conditions(1), negative=conditions(1)) | {which: conditions(2)}
+    model = generator(**given, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="for 2 pictures, one row each, and 4 are drawn"):
+        sample(model, steps=2, seeds=SEEDS, batch_size=2)
+
+
 def test_top_k_and_temperature():
     logits = torch.randn(2, CODES, SIDE, SIDE)
     few = among_top(logits, 3)
@@ -422,6 +453,33 @@ def test_candidates_are_drawn_by_the_softmax_of_their_losses():
     assert (shares - wanted).abs().max() < 4 * (0.25 / count) ** 0.5
 
 
+def test_candidates_without_a_finite_loss_are_told_of_and_not_chosen():
+    def broken(image):
+        return image.flatten(1).mean(1) * torch.tensor([float("nan"), 1.0, 1.0]).to(image)
+
+    model, nan = generator(), Term(broken, name="broken", augment=False)
+    plain = sample(model, steps=4, seeds=range(3))
+    with pytest.warns(RuntimeWarning, match="1 of 3 pictures"):
+        guided = sample(model, recipes.tokens(nan, inner=0, candidates=3), steps=4, seeds=range(3))
+    assert guided.record.nonfinite.tolist() == [4, 0, 0]
+    assert torch.equal(guided.samples[0], plain.samples[0]) and torch.equal(guided.images[0], plain.images[0])
+    with pytest.raises(FloatingPointError, match=r"at step 0 for pictures \[0\]"):
+        sample(model, recipes.tokens(nan, inner=0, candidates=2, raise_on_nonfinite=True), steps=4, seeds=range(3))
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_the_best_of_the_candidates_that_are_finite(odd):
+    values = torch.tensor([odd, 0.5, 0.1])
+    model = generator()
+    object.__setattr__(model, "decode_soft", lambda logits, drawn: drawn[:, None].expand(-1, 3, -1, -1).float())
+    planted = Term(lambda image: values[image[:, 0, 0, 0].long()], name="planted", augment=False)
+    run = TokenRun(recipes.tokens(planted, inner=0, candidates=3, sharpness=1e6), Unmasking(model, 2), model, [0, 1])
+    tokens = torch.full((2, SIDE, SIDE), MASK)
+    one = lambda logits, tokens, k: (torch.full_like(tokens, k),) * 2
+    assert (run.step_tokens(tokens, torch.zeros(2, CODES, 1, 1), run.visits[0], one) == 2).all()
+    assert run.record.nonfinite.tolist() == [1, 1]
+
+
 def test_candidates_need_no_gradient():
     steps = lambda image: image[:, 0].detach().mean((1, 2)).round(decimals=2)
     model = generator()
@@ -454,6 +512,17 @@ def test_windows_augmentation_and_record():
     assert result.record.losses("red").shape == (6, 2)
     assert result.record.settings["name"] == "tokens"
     result.record.to_dict()
+
+
+def test_windows_on_the_clock_of_the_noise():
+    """Half the noise's way comes early: with the share of masked tokens for noise, most steps lie behind it."""
+    model = generator()
+    schedule = Unmasking(model, 8)
+    assert len(schedule.progress) == 8 and schedule.progress == sorted(schedule.progress)
+    result = sample(model, recipes.tokens(Red(), clock="noise", stop=0.5), steps=8, seeds=[0])
+    progress = [row["progress"] for row in result.record.rows]
+    assert progress[0] == 0 and progress == sorted(progress) and progress != [i / 8 for i in range(8)]
+    assert ["loss" in row for row in result.record.rows] == [p < 0.5 for p in progress]
 
 
 # ---- what is given ------------------------------------------------------------------------------------------------
@@ -526,14 +595,56 @@ def test_any_callable_is_a_transformer():
     assert result.samples.shape == (2, SIDE, SIDE)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def half(request):
+    """A precision in half, where the CPU has what it takes."""
+    try:
+        torch.nn.functional.conv2d(
+            torch.ones(1, 1, 3, 3, dtype=request.param), torch.ones(1, 1, 3, 3).to(request.param)
+        )
+    except RuntimeError as error:
+        pytest.skip(f"no kernels of {request.param} here: {error}")
+    return request.param
+
+
+@pytest.mark.parametrize("codes", ["in half", "in float32, as diffusers loads them"])
+def test_half_precision(half, codes):
     transformer, vqvae, scheduler = parts()
-    model = token_generator(transformer.to(dtype), vqvae.to(dtype), scheduler)
+    vqvae.to(half)
+    if codes != "in half":
+        vqvae.quantize.embedding.float()
+    model = token_generator(transformer.to(half), vqvae, scheduler)
+    assert model.vqvae is vqvae
+    plain = sample(model, steps=4, seeds=SEEDS)
     result = sample(model, recipes.auto(Red()), steps=4, seeds=SEEDS)
-    assert result.images.dtype == torch.float32 and torch.isfinite(result.images).all()
+    for one in (plain, result):
+        assert one.images.dtype == torch.float32 and torch.isfinite(one.images).all()
     losses = result.record.losses().mean(1)
     assert losses[-1] < losses[0]
+    assert torch.isfinite(sample(model, recipes.tokens(Red(), inner=0, candidates=2), steps=3).images).all()
+
+
+def test_an_autoencoder_too_large_for_half_decodes_in_float32():
+    transformer, vqvae, scheduler = parts()
+    vqvae.half().register_to_config(force_upcast=True)
+    model = token_generator(transformer, vqvae, scheduler)
+    assert vqvae.post_quant_conv.weight.dtype == torch.float16  # as it was
+    tokens = torch.randint(0, CODES, (2, SIDE, SIDE))
+    wanted = vqvae.float().decode(tokens, force_not_quantize=True, shape=(2, SIDE, SIDE, 3)).sample
+    assert torch.equal(model.decode(tokens), wanted)
+
+
+def test_shipped_weights_in_half(half):
+    from lossguide.samplers.demo_tokens import FOLDER, load_demo_tokens
+
+    if not (FOLDER / "transformer" / "diffusion_pytorch_model.safetensors").is_file():
+        pytest.skip("the weights of demo-tokens are not here")
+    model, full = load_demo_tokens("cpu", half), load_demo_tokens()
+    tokens = torch.arange(128).view(2, 8, 8)
+    assert (model.decode(tokens) - full.decode(tokens)).abs().mean() < 0.02
+    for guidance in (None, recipes.auto(Red())):
+        images = sample(model, guidance, steps=4, seeds=[0, 1]).images
+        assert images.dtype == torch.float32 and torch.isfinite(images).all() and images.std() > 0.05
 
 
 def test_scheduler_and_weights_are_left_as_they_were():
@@ -586,6 +697,13 @@ def test_generate_draws_with_tokens(cli, tmp_path):
     assert again.exit_code == 0
     assert all((tmp_path / "made" / f"{i:05d}.png").read_bytes() == (tmp_path / "again" / f"{i:05d}.png").read_bytes()
                for i in range(3))  # fmt: skip
+
+
+def test_generate_in_half_precision(cli, tmp_path, half):
+    asked = "generate", "--model", "demo-tokens", "--loss", "own.py:bright", "--num-images", 1, "--steps", 3, "-q"
+    result = cli(*asked, "--dtype", str(half).removeprefix("torch."), "--out", "made")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert (tmp_path / "made" / "00000.png").is_file()
 
 
 @pytest.mark.parametrize(

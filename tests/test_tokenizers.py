@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("vector_quantize_pytorch")
 
+from benchmarks import tokenizers  # noqa: E402
 from benchmarks.tokens import evaluate, fit, language, model, teacher, train  # noqa: E402
 from benchmarks.tokens.train import Plan  # noqa: E402
 
@@ -224,3 +225,43 @@ def test_language_trains_tokens_by_its_weights():
 def test_the_learning_rate_rises_and_ends_at_0():
     assert fit.learning_rate(0.05, 1.0) == pytest.approx(1.0, abs=1e-6)
     assert fit.learning_rate(0.0, 1.0) < 0.05 and fit.learning_rate(1.0, 1.0) < 1e-9
+
+
+def test_the_report_says_what_was_measured_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizers, "RESULTS", tmp_path)
+    plain, _, kd, _ = tokenizers.GROUPS["fashion"]
+    assert (plain.kind, kd.kind) == ("plain", "kd")
+    row = dict(pictures=10_000, usage=1.0, perplexity=200.0, probe_flat=0.8)
+    rows = {
+        train.name_of(plain): row | dict(probe_pooled=0.4, psnr=25.0, frechet=0.1),
+        train.name_of(kd): row | dict(probe_pooled=0.7),
+    }
+    tokenizers._write(rows, {"fashion": [plain, kd]}, {"fashion": dict(pixels=0.84, teacher=0.83)}, quick=False)
+    text = (tmp_path / "tokenizers.md").read_text()
+    assert "| plain VQ | 1.000 | 200.0 | 40.0 | 80.0 | 25.0 | 0.100 |" in text
+    assert "| VQ-KD | 1.000 | 200.0 | 70.0 | 80.0 |  |  |" in text
+    assert (
+        "pooled: VQ-KD above plain by +30.0 points (standard error of one accuracy from 10000 test pictures: at" in text
+    )
+    assert "## CIFAR-10" not in text and "LG-VQ's losses, on" not in text
+    with pytest.raises(SystemExit, match="--only takes fashion, cifar10, language, demo"):
+        tokenizers.run(quick=True, fresh=False, only=("clothes",))
+
+
+def test_the_shipped_tokenizer_has_unit_codes_and_uses_them_on_real_pictures():
+    from diffusers import VQModel
+
+    from benchmarks.tokens import data, ship
+
+    if not (data.available("fashion") and (ship.OUT / "vqvae").is_dir()):
+        pytest.skip("no Fashion-MNIST or no tokenizer here")
+    vq = VQModel.from_pretrained(ship.OUT / "vqvae").eval()
+    codes = vq.quantize.embedding.weight.detach()
+    assert codes.shape == (256, 32) and torch.allclose(codes.norm(dim=1), torch.ones(256), atol=1e-6)
+    pictures = data.pictures("fashion", "test")[0][:200]
+    ids = model.ids_of(vq, pictures)
+    with torch.no_grad():
+        z = vq.encode(pictures.float() / 255).latents.flatten(2).transpose(1, 2)
+    assert torch.equal((F.normalize(z, dim=-1) @ codes.T).argmax(-1), ids)
+    assert evaluate.usage(ids, 256)["usage"] > 0.9
+    assert evaluate.psnr(model.pictures_of(vq, ids), pictures.float() / 255).mean() > 20

@@ -296,6 +296,33 @@ def test_as_many_codes_as_points_and_too_many():
             spherical_kmeans(with_zeros, K)
 
 
+def test_as_many_codes_as_directions_and_no_more():
+    points = picture(4, 8)
+    often = torch.cat([points * length for length in (1.0, 0.3, 7.0)])  # rounding makes them differ in their last bits
+    codes, ids = spherical_kmeans(often, 4)
+    assert sorted(ids[:4].tolist()) == list(range(4)) and torch.equal(ids, ids[:4].repeat(3))
+    with pytest.raises(ValueError, match="5 codes of 12 patches, which have no more than 4 directions"):
+        spherical_kmeans(often, 5)
+    with pytest.raises(ValueError, match="no more than 1 directions"):
+        Codebook.fit(torch.full((3, 3, 8, 8), 0.5), PatchFeatures(colours), 2)
+
+
+@pytest.mark.parametrize(
+    "row, told", [((0, 0, 0), "not all zero"), ((math.nan, 0, 1), "finite"), ((math.inf, 0, 1), "finite"),
+                  ((0, 0, 3), "there twice")],
+)  # fmt: skip
+def test_a_code_is_a_direction_of_its_own(row, told):
+    with pytest.raises(ValueError, match=told):
+        Codebook(torch.cat([RGB, torch.tensor([row])]), PatchFeatures(colours))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_codes_on_a_device():
+    book = Codebook(RGB.cuda(), PatchFeatures(colours), torch.tensor([1, 2, 3]).cuda())
+    assert book.digest == Codebook(RGB, PatchFeatures(colours)).digest
+    assert book.ids(squares("blue", "red").cuda()).tolist() == [[2, 0]]
+
+
 def test_tokens_usage_and_entropy_of_known_colours():
     encoder = PatchFeatures(colours)
     book = Codebook(torch.cat([5 * RGB, torch.ones(1, 3)]), encoder)

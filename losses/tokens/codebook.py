@@ -17,6 +17,7 @@ from .features import PatchFeatures, directions
 CODES, SETTINGS = "codebook.safetensors", "codebook.json"
 FORMAT = 1
 _ROWS = 1 << 14  # patches that are compared with the codes at once
+_SAME = 1e-6  # below this `1 - cos` is rounding in float32: it is the same direction
 _NOT_SAME = ("layer", "size", "mean", "std", "digest")  # what two encoders may not differ in
 
 
@@ -30,7 +31,7 @@ class Codebook:
         digest: of the encoder's weights when it was fitted; another is an error.
 
     Raises:
-        ValueError: the codes have another shape, or the encoder has other weights.
+        ValueError: the codes have another shape, one is zero or there twice, or the encoder has other weights.
     """
 
     def __init__(
@@ -46,11 +47,15 @@ class Codebook:
             raise ValueError(f"counts are one number per code, ({len(codes)},), got {tuple(counts.shape)}")
         if digest is not None and digest != encoder.digest:
             raise ValueError(f"the codebook was fitted in an encoder of other weights than this {encoder.name}'s")
-        codes = codes.detach().float().clone()
+        codes = codes.detach().float().cpu().clone()
         off = (torch.linalg.vector_norm(codes, dim=1, keepdim=True) - 1).abs() > 1e-5
         self.codes = torch.where(off, directions(codes), codes)  # those that come from a file stay bit for bit
+        if not (self.codes.isfinite().all() and self.codes.any(1).all()):
+            raise ValueError("a code is a direction: finite numbers, not all zero")
+        if len(self.codes.unique(dim=0)) < len(codes):
+            raise ValueError("a code is there twice: no patch would be nearer to one than to the other")
         self.encoder = encoder
-        self.counts = None if counts is None else counts.detach().long().clone()
+        self.counts = None if counts is None else counts.detach().long().cpu().clone()
         self.settings = {"K": len(codes), "codes": self.digest, **encoder.settings}
         self.arguments = {"codes": self.codes, "encoder": encoder, "counts": self.counts, "digest": encoder.digest}
 
@@ -76,7 +81,7 @@ class Codebook:
             batch: how many pictures the encoder is given at once.
 
         Raises:
-            ValueError: there are fewer patches with any features than codes.
+            ValueError: the patches have fewer directions than there are codes; those without features have none.
         """
         found = [directions(encoder(part)).flatten(0, 1).cpu() for part in _batches(images, batch)]
         codes, ids = spherical_kmeans(torch.cat(found), K, seed=seed, iterations=iterations)
@@ -219,7 +224,7 @@ def spherical_kmeans(
             same).
 
     Raises:
-        ValueError: K is less than 2, or there are fewer points than that.
+        ValueError: K is less than 2, or the points have fewer directions than that.
 
     Source: spherical k-means: Dhillon and Modha 2001; k-means++: Arthur and Vassilvitskii 2007.
     """
@@ -250,6 +255,9 @@ def _grown(points: torch.Tensor, codes: torch.Tensor, K: int, generator: torch.G
     """Codes and more of them, K in all, by greedy k-means++.
 
     The next is the best of some points that are drawn in proportion to `1 - cos` to the nearest code so far.
+
+    Raises:
+        ValueError: no point has a direction that is not a code yet.
     """
     if not len(codes):
         codes = points[torch.randint(len(points), (1,), generator=generator)]
@@ -257,9 +265,12 @@ def _grown(points: torch.Tensor, codes: torch.Tensor, K: int, generator: torch.G
         return codes
     far = 1 - _assign(points, codes)[1]
     while len(codes) < K:
-        sums = far.clamp_(min=0).cumsum(0, dtype=torch.float64)
+        far = torch.where(far > _SAME, far, 0)
+        sums = far.cumsum(0, dtype=torch.float64)
+        if not sums[-1] > 0:
+            raise ValueError(f"{K} codes of {len(points)} patches, which have no more than {len(codes)} directions")
         at = torch.rand(2 + int(math.log(K)), generator=generator, dtype=torch.float64) * sums[-1]
-        drawn = points[torch.searchsorted(sums, at).clamp_(max=len(points) - 1)]
+        drawn = points[torch.searchsorted(sums, at, right=True).clamp_(max=len(points) - 1)]
         left = torch.minimum(far[:, None], 1 - points @ drawn.T)
         best = int(left.sum(0, dtype=torch.float64).argmin())
         codes, far = torch.cat([codes, drawn[best : best + 1]]), left[:, best]
