@@ -85,11 +85,11 @@ def sample(
             strength does (Levin & Fried 2023). A number is that strength everywhere. Guidance moves no pixel that has
             not joined. Every step is computed, also those before the first pixel joins.
 
-    On a CUDA device the host waits for no step, with or without graphs, and gives the device its work ahead. It has to
-    wait for guidances whose course depends on what they find (particles, the conjugate gradients of `pigdm`, `ddnm` and
-    `diffpir`, `raise_on_nonfinite`), once per run to see whether the solver draws noise, and in diffusers' own steps of
-    DDPM, ancestral and SDE solvers, UniPC and token generators. Levels per pixel lie on the device, and what depends on
-    them (`score` edits, `dsg`) waits, too.
+    On a CUDA device the host waits for no step of a denoiser, with or without graphs, and gives the device its work
+    ahead. It has to wait for guidances whose course depends on what they find (particles, the conjugate gradients of
+    `pigdm`, `ddnm` and `diffpir`, `raise_on_nonfinite`), once per run to see whether the solver draws noise, and in
+    diffusers' own steps of DDPM, ancestral and SDE solvers and UniPC. Levels per pixel lie on the device, and what
+    depends on them (`score` edits, `dsg`) waits, too. A token generator waits at every step, for its draws.
 
     Returns:
         `Result` with images, samples, record and seeds.
