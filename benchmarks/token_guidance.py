@@ -18,7 +18,7 @@ from lossguide.guidance.steps import Fisher, PolyakToFloor
 from lossguide.guidance.tokens import for_tokens
 from lossguide.losses import ClipText
 from lossguide.losses.demo import CLASSES
-from lossguide.samplers import Result, TimeTravel, TokenGenerator, sample
+from lossguide.samplers import Result, TokenGenerator, sample
 from lossguide.samplers.demo_tokens import FOLDER, load_demo_tokens
 
 from .demo_text import Judge
@@ -29,27 +29,26 @@ RESULTS = Path(__file__).parent / "results"
 STEPS, SEED = 8, 1000  # the settings were chosen on seeds below 100
 PER_CLASS, QUICK = 10, 3
 """Pictures of each class, and with `--quick`."""
-TRAVEL = TimeTravel(2, 0.25, 0.75)
+ONCE = dict(time_travel=None)
 WAYS = {
     "unguided": None,
     "auto": dict(),
-    "without augmentation": dict(augment=None),
-    "without the cap": dict(inner=Inner(5, Fisher())),
-    "1 inner step": dict(inner=1),
-    "2 inner steps": dict(inner=2),
-    "3 inner steps": dict(inner=3),
-    "plain gradient": dict(inner=Inner(5, PolyakToFloor(cap=1.0))),
-    "with re-masking": dict(time_travel=TRAVEL),
+    "no re-masking": ONCE,
+    "no re-masking, no augmentation": ONCE | dict(augment=None),
+    "no re-masking, no cap": ONCE | dict(inner=Inner(5, Fisher())),
+    "no re-masking, plain gradient": ONCE | dict(inner=Inner(5, PolyakToFloor(cap=1.0))),
+    "no re-masking, 1 inner step": ONCE | dict(inner=1),
+    "no re-masking, 2 inner steps": ONCE | dict(inner=2),
+    "no re-masking, 3 inner steps": ONCE | dict(inner=3),
     "8 candidates, no gradient": dict(inner=0, candidates=8, sharpness=300.0),
-    "gradient and 4 candidates": dict(candidates=4, sharpness=300.0),
+    "no re-masking, gradient and 4 candidates": ONCE | dict(candidates=4, sharpness=300.0),
 }
 ABOUT = {
-    "auto": "`recipes.auto(loss)` as it is: 5 natural steps on the logits, each of a root mean square of 1 at most, "
-    "4 augmented copies, no re-masking",
-    "without the cap": "as auto, the steps as long as Polyak's rule makes them",
-    "plain gradient": "as auto, the steps along the gradient in the logits instead of the natural one",
-    "with re-masking": "the steps from a quarter to three quarters of the way are taken twice, the least confident "
+    "auto": "`recipes.auto(loss)` as it is: 5 natural steps on the logits, each of a root mean square of 1 at most, 4 "
+    "augmented copies; the steps from a quarter to three quarters of the way are taken twice, the least confident "
     "tokens masked again in between",
+    "no re-masking, no cap": "the steps as long as Polyak's rule makes them",
+    "no re-masking, plain gradient": "the steps along the gradient in the logits instead of the natural one",
 }
 
 

@@ -480,8 +480,9 @@ def tokens(
 
     The picture of which the gradient is taken has, at unknown places, the mean of the code vectors under the logits;
     steps are natural ones, in the softmax's own metric, of a root mean square of 1 at most: Polyak's, which aim at a
-    loss of 0 where no floor is known and which no picture has, would else override the generator. A loss without a
-    gradient is followed by `inner=0` and `candidates`, of which one is kept by its loss at each step.
+    loss of 0 where no floor is known and which no picture has, would else override the generator. Time travel masks the
+    least confident tokens again; `auto` visits the steps from a quarter to three quarters of the way twice. A loss
+    without a gradient is followed by `inner=0` and `candidates`, of which one is kept by its loss at each step.
 
     Args:
         inner: steps on the logits at each step of the scheduler; 0 for none.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..samplers.time_travel import Visit
+from ..samplers.time_travel import TimeTravel, Visit
 from ..samplers.tokens import TokenGenerator, Unmasking
 from .guidance import Guidance
 from .step import Run, _floor, _Seen
@@ -178,6 +178,7 @@ def for_tokens(guidance: Guidance) -> Guidance:
     asked = {name: value for name, value in asked.items() if all(value != getattr(one, name) for one in own)}
     if guidance.time_travel is None:
         asked["time_travel"] = None
+    asked.setdefault("time_travel", TimeTravel(2, 0.25, 0.75))
     try:
         return recipes.tokens(guidance.loss, guidance.strength, **asked)
     except ValueError as error:

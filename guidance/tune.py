@@ -213,7 +213,7 @@ def tune(
         except (FloatingPointError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             return None, str(error).split("\n")[0] or type(error).__name__
 
-    described = {
+    setup = {
         "model": _model(model),
         "loss": [described(term) for term in loss.terms()],
         "judge": [described(term) for term in judge.terms()],
@@ -223,10 +223,10 @@ def tune(
         "space": {name: optuna.distributions.distribution_to_json(one) for name, one in space.items()},
         **(setup or {}),
     }
-    described = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(plain(described))))
+    setup = json.loads(re.sub(r" at 0x[0-9a-fA-F]+", "", json.dumps(plain(setup))))
     place = None if folder is None else Path(folder)
     with _quiet(optuna):
-        study = _study(optuna, place, described, start)
+        study = _study(optuna, place, setup, start)
         search = _Search(optuna, study, space, start, attempt, seeds, place)
         try:
             search.run(trials, progress)

@@ -530,7 +530,9 @@ def test_windows_on_the_clock_of_the_noise():
 
 def test_auto_is_the_recipe_for_tokens():
     loss = as_losses(Red())
-    assert for_tokens(recipes.auto(loss)) == recipes.tokens(loss)
+    again = TimeTravel(2, 0.25, 0.75)
+    assert for_tokens(recipes.auto(loss)) == recipes.tokens(loss, time_travel=again)
+    assert for_tokens(recipes.auto(loss, time_travel=None)) == recipes.tokens(loss)
     asked = recipes.auto(loss, 0.7, augment=None, every=2, time_travel=TimeTravel(2), inner=Inner(1, PolyakToFloor()))
     found = for_tokens(asked)
     assert (found.strength, found.every, found.time_travel) == (0.7, 2, TimeTravel(2))
