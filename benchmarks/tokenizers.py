@@ -198,7 +198,9 @@ def _write(rows: dict[str, dict], plans: dict[str, list[Plan]], bounds: dict, qu
             groups.append((f"{semantic:g} / {relation:g}", of(part)))
         groups = [group for group in groups if group[1]]
         lines += _table(groups, ("usage", "perplexity", "probe_pooled", "probe_flat", "recall_1", "recall_10"))
-        lines.append("")
+        captions = groups[-1][1][0]["captions"]
+        error = 100 * 0.5 / captions**0.5
+        lines += ["", f"- {captions} captions: the standard error of a recall is at most {error:.1f} points", ""]
     stem = "tokenizers-quick" if quick else "tokenizers"
     lines += [f"![pictures]({stem}.png)", "", "Of each data set: originals, plain VQ, VQ-KD."]
     (RESULTS / f"{stem}.md").write_text("\n".join(lines).rstrip() + "\n")
