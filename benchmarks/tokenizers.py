@@ -173,6 +173,8 @@ def _gains(plain: list[dict], kd: list[dict]) -> list[str]:
 def _write(rows: dict[str, dict], plans: dict[str, list[Plan]], bounds: dict, quick: bool) -> None:
     title = "# Tokenizers: quick run, not for figures" if quick else "# Tokenizers: to understand, or to copy"
     lines = [title, "", f"`{COMMAND}{' --quick' if quick else ''}`", "", *ABOUT.strip().splitlines(), ""]
+    if quick:
+        lines += ["Shortened: 64 codes, 40 steps of 32 pictures, 2000 training and 500 test pictures, one seed.", ""]
     of = lambda wanted: [rows[name_of(plan)] for plan in wanted if name_of(plan) in rows]
     for name in data.CHANNELS:
         plain, kd = (of([p for p in plans.get(name, []) if p.kind == kind]) for kind in ("plain", "kd"))
