@@ -15,21 +15,6 @@ from .runs import standard_error
 GARMENTS, UNGUIDED, AUGMENTED, RANKED = "garments, test", "unguided", "auto", "reranked"
 TELL_APART = (UNGUIDED, AUGMENTED, "dps, strength 200", "dps, strength 1000", "mpgd, strength 32", "mpgd, strength 38")
 """Sets that are also measured along the ODE."""
-READING = (
-    "- Likelihood favours plain pictures: black ones are far likelier than any garment, upside-down garments as "
-    "likely as upright ones, unguided samples less likely than real garments, whose background is exactly black. "
-    "Compare pictures of one kind, best with the unguided picture of the seed.",
-    "- It tells what has left the model's world: plain guidance at the clean picture (mpgd, strength 32 and 38) "
-    "ends in patterns that satisfy the guide no less than auto's pictures do, and each is less likely than all of "
-    "auto's.",
-    "- Plain guidance through the denoiser is as likely as auto at strength 30, where its pictures are garments. "
-    "At 200 shapes come apart, though the judge still agrees, and the bound as a whole misses it: large black and "
-    "white areas are cheap. Its parts at high noise, about shapes rather than texture, tell it, and so does the "
-    "ODE (8 pictures). At 1000 all of them tell. None of these strengths leaves auto's mean loss: up to 200 it is "
-    "lower, at 1000 most pictures fall below it and a few diverge.",
-    "- Reranking: the judge agrees a little more often with what is kept, within the error of so few pictures.",
-)
-"""Of the figures of the full run."""
 BANDS = ("nearly clean", "low noise", "high noise", "nearly noise")
 
 
@@ -86,8 +71,6 @@ def text(
         lines += ["", *_reranked(found[RANKED], reranked, chosen)]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
-    if not quick:
-        lines += ["", "## What to make of it", "", *READING]
     name = "likelihood-quick" if quick else "likelihood"
     return "\n".join([*lines, "", f"![Plots]({name}.png)", "", f"![Pictures]({name}-pictures.png)", ""])
 

@@ -36,13 +36,6 @@ KINDS = {
     "TokenHistogramLoss": TokenHistogramLoss,
 }
 WEAK, STRENGTH = "FeatureLoss, weaker", 0.3  # is a token only a weaker feature?
-READING = (
-    "In the run kept here the judge agrees with all three: the reference is all but the nearest of the pictures. The "
-    "histogram brings contents without their places or pixels, but some faces fall apart. `TokenLoss` lies between: "
-    "less of the very picture than `FeatureLoss`, but also less that the judge finds alike. The weaker `FeatureLoss` "
-    "is nearer in both, so that tokens are not shown to part what from how beyond what a weaker pull does. Few "
-    "pictures: four references, one or two seeds."
-)
 
 
 @dataclass(frozen=True)
@@ -231,8 +224,6 @@ def report(rows: Rows, name: str, steps: int) -> None:
         "- Moved: how far the model itself moves the picture, given with some noise: more where it is less natural.",
         f"- {WEAK}: at strength {STRENGTH}.",
     ]
-    if steps == STEPS:
-        lines += ["", READING]
     for network, guide in guides().items():
         of = lambda kind, network=network: [
             row
