@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..losses.loss import Term
+from ..losses.loss import Term, advice_on, said
 from .augment import Augment
 
 
@@ -60,11 +60,16 @@ def loss_gradient(
                 values[term.name] += share * value.detach().to(image.dtype)
                 weighted = weighted + term.weight * value.sum()
             if gradient:
-                gradient_here = torch.autograd.grad(weighted, leaf, allow_unused=True)[0]
-                if (
-                    gradient_here is None
-                ):  # something requires a gradient, such as the weights of a network, but not this
-                    raise _not_differentiable([term.name for term in group])
+                names = [term.name for term in group]
+                try:
+                    gradient_here = torch.autograd.grad(weighted, leaf, allow_unused=True)[0]
+                except Exception as error:
+                    advice = advice_on(error)
+                    if advice is None:
+                        raise
+                    raise ValueError(f"{_named(names)} has no gradient ({said(error)}); {advice}") from error
+                if gradient_here is None:  # what requires a gradient is something else, such as a network's weights
+                    raise _not_differentiable(names)
                 total += share * gradient_here
     loss = torch.zeros(batch, device=image.device, dtype=image.dtype)
     for term in terms:
@@ -112,8 +117,12 @@ def pulled_back(
     return None if pulled is None else pulled.to(g.dtype) * scale.view(-1, *[1] * (pulled.dim() - 1))
 
 
+def _named(names: list[str]) -> str:
+    return f"loss {' and '.join(repr(name) for name in names)}"
+
+
 def _not_differentiable(names: list[str]) -> ValueError:
     return ValueError(
-        f"loss {' and '.join(repr(name) for name in names)} is not differentiable: its value does not depend on the "
-        "picture through torch operations (a detach, a numpy call or torch.no_grad inside it?)"
+        f"{_named(names)} is not differentiable: its value does not depend on the picture through torch operations (a "
+        "detach, a numpy call, a comparison or argmax, or torch.no_grad inside it?)"
     )

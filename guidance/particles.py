@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 PICKS = ("best", "draw")
+_NEVER = -1e300  # the logarithm of the weight of what is not to be chosen; finite, so that differences are
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,23 @@ class Population:
                 f"a batch of {len(sources)} samples cannot be cut into groups of {settings.count} particles"
             )
         self.sources = sources[: len(sources) // settings.count]
-        self.log_weights = torch.zeros(len(self.sources), settings.count, dtype=torch.float64)
-        self._potential = torch.zeros_like(self.log_weights)
+        self._potential = torch.zeros(len(self.sources), settings.count, dtype=torch.float64)
+        self._rest = torch.zeros_like(self._potential)  # of the weights: what the present losses do not say
 
     def weigh(self, loss: torch.Tensor) -> None:
-        """Take the particles' present losses `(B,)` into their weights, in place of those before; NaN weighs nil."""
-        potential = -self.sharpness * self._by_picture(loss)
-        potential = torch.nan_to_num(potential, nan=-float("inf"), neginf=-1e300, posinf=1e300).clamp_min(-1e300)
-        self.log_weights = self.log_weights + potential - self._potential
-        self._potential = potential
+        """Take the particles' present losses `(B,)` into their weights, in place of those before; one that is not
+        finite is not chosen before it is again, unless all of its picture's are."""
+        loss = self._by_picture(loss)
+        self._potential = torch.where(torch.isfinite(loss), -self.sharpness * loss, _NEVER)
 
     def correct(self, log_ratio: torch.Tensor) -> None:
         """Add the logarithm `(B,)` of the model's density over the proposal's."""
-        self.log_weights = self.log_weights + torch.nan_to_num(self._by_picture(log_ratio), 0.0, 1e300, -1e300)
+        self._rest = self._rest + torch.nan_to_num(self._by_picture(log_ratio), 0.0, 1e290, -1e290)
+
+    @property
+    def log_weights(self) -> torch.Tensor:
+        """Logarithms of the weights `(pictures, count)`, not normalised."""
+        return self._rest + self._potential
 
     def _by_picture(self, values: torch.Tensor) -> torch.Tensor:
         return values.detach().double().cpu().view(self.settings.count, -1).T
@@ -94,9 +99,10 @@ class Population:
         for group in poor.nonzero().flatten().tolist():
             start = torch.rand((), generator=self.sources[group], dtype=torch.float64)
             places = (torch.arange(count) + start) / count
-            chosen[group] = torch.searchsorted(weights[group].cumsum(0), places).clamp_max(count - 1)
-            self.log_weights[group] = 0.0
+            # from the right, so that a place of exactly 0 does not fall to a weight of 0
+            chosen[group] = torch.searchsorted(weights[group].cumsum(0), places, right=True).clamp_max(count - 1)
             self._potential[group] = self._potential[group][chosen[group]]
+            self._rest[group] = torch.where(self._potential[group] > _NEVER, -self._potential[group], 0)
         return (chosen.T * len(chosen) + torch.arange(len(chosen))).flatten()
 
     def chosen(self) -> torch.Tensor:

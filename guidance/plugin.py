@@ -158,7 +158,9 @@ def guide(
 
     The returned object takes the pipeline's own arguments and returns its own output, plus `record`. The pipeline and
     its scheduler are left as found, also after an exception. With strength 0 or no loss the output is bitwise the plain
-    one. Pass a generator per picture for pictures that do not depend on their batch.
+    one. Pass a generator per picture for pictures that do not depend on their batch. A call raises `FloatingPointError`
+    at its first step where the prediction is not finite for any picture, as where float16 overflows, and warns there
+    where the loss is not; what is not finite for some pictures is reported at the end.
 
     Args:
         pipe: a diffusers pipeline, or modular pipeline, with a scheduler.

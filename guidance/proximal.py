@@ -87,6 +87,7 @@ def _conjugate_gradients(matrix: Callable[[torch.Tensor], torch.Tensor], b: torc
         q = matrix(p)
         curvature = dot(p, q)
         step = torch.where(going & (curvature > 0), rr / torch.where(curvature > 0, curvature, 1), 0)
+        step = torch.where(going & ~torch.isfinite(curvature), torch.nan, step)  # told, not taken for an end
         u, r = u + step * p, r - step * q
         new = dot(r, r)
         p = r + torch.where(going, new / torch.where(rr > 0, rr, 1), 0) * p

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ..losses.loss import note
 from ..losses.network import moved
 from ..samplers.capture import Captures
 from ..samplers.change import Change
 from ..samplers.denoiser import as_picture
+from ..samplers.faults import place_of, unsound
 from ..samplers.levels import Level
 from ..samplers.random import generators, placed, randn
 from ..samplers.record import Record
@@ -24,6 +26,7 @@ from .particles import Population
 from .preview import Preview
 from .smoothing import smoothed
 from .steps import Signal, UnsuitableSolver, norm, per_sample, unit
+from .watch import Watch, kept
 
 
 class Run:
@@ -40,6 +43,7 @@ class Run:
             for all. The others take the solver's own steps, and neither gradient nor step of the guidance.
         change: a source, and where and when it may change; None where there is none. What a step is not free to move
             gets nothing of the guidance either.
+        watch: what the run does about numbers that are not finite.
         captures: where the guide's passes and the decoder's are recorded, to be replayed at later visits; None where
             they are not.
     """
@@ -61,6 +65,7 @@ class Run:
         self._graph_steps = self._steps_through()
         self.record = Record()
         self.record.settings = guidance.to_dict()
+        self.watch = Watch(guidance.active, guidance.raise_on_nonfinite, self.record.model)
         self.preview: Preview | None = None
         self.captures: Captures | None = None
         self.movable: Callable[[torch.Tensor], torch.Tensor | None] = lambda x: None
@@ -136,8 +141,15 @@ class Run:
             alpha=self._means[visit.step][0],
             sigma=self._means[visit.step][1],
         )
+        self.watch.begin(prediction, row)
         terms = self._terms(visit.step)
-        seen = self._look(x, prediction, terms, visit.step, row, source) if terms else None
+        try:
+            seen = self._look(x, prediction, terms, visit.step, row, source) if terms else None
+        except FloatingPointError:
+            raise  # which says so itself
+        except Exception as error:
+            note(error, f"at {place_of(row)} of the guidance '{guidance.name}'")
+            raise
         x, prediction = x.detach(), prediction.detach()
         if self.preview is not None and self.preview.due(len(self.record.rows)):
             with torch.no_grad():
@@ -159,6 +171,9 @@ class Run:
                 x_next = self._anchored(x, prediction, seen, after, row, solve)
             else:
                 x_next = self._edited(x, prediction, seen, level, after, row, solve)
+            row["fault"] = self.watch.codes
+            if seen is not None:
+                self.watch.warn_of_all()
             if self.change is not None:
                 x_next = self.change.landed(x_next, visit.step)
             if not visit.last:
@@ -184,10 +199,12 @@ class Run:
         if self._population is None:
             return None
         with torch.no_grad():
-            image = self.decode(x.detach()).float()
+            lost = unsound(x)
+            image = self.decode(torch.where(per_sample(lost, x, torch.bool), 0, x.detach())).float()
             terms = [term.at(1.0) for term in self.guidance.loss.terms() if term.acts_at(1.0)]
             terms = terms or list(self.guidance.loss.terms())
-            self._population.weigh(sum(term.weight * term(image) for term in terms))
+            loss = sum(term.weight * term(image) for term in terms)
+            self._population.weigh(torch.where(lost.to(loss.device), torch.nan, loss))
         return self._population.chosen()
 
     def _begin(self, x: torch.Tensor) -> None:
@@ -222,7 +239,8 @@ class Run:
         if through and not prediction.requires_grad:
             raise _no_gradient()
         predicted, sample = prediction.detach().to(dtype), x.detach().to(dtype)
-        place, drawn = level.x0(predicted, sample, kind), None
+        # without what is not finite, at which some guides raise, so that no sample would get any further
+        place, drawn = self.watch.only(level.x0(predicted, sample, kind)), None
         noise = level.noise(predicted, sample, kind)
         if guidance.edit == "anchor" and guidance.active:
             if self._anchor is None:
@@ -241,7 +259,7 @@ class Run:
             return None
         signal = Signal(
             gradient=g0,
-            loss=torch.nan_to_num(loss),
+            loss=self.watch.only(loss),
             noise=noise,
             level=self._levels[step],
             next_level=self._levels[step + 1],
@@ -254,14 +272,16 @@ class Run:
             random=self._random,
             metric=level.x0_variance if level.per_pixel else None,
         )
-        goal, fine = g0, torch.isfinite(loss)
+        goal = g0
         if isinstance(guidance.toward, Inner):
-            goal, self._toward_state, sound = self._descent(guidance.toward, self._toward_state, signal, terms, blur)
-            goal, fine = -goal, fine & sound
+            goal, self._toward_state = self._descent(guidance.toward, self._toward_state, signal, terms, blur)
+            goal = -goal
         elif guidance.toward is not None:
             goal = self._within(
                 -guidance.toward.displacement(place, lambda x0: _residual(terms, self.decode(x0)), level)
             )
+        if guidance.toward is not None:
+            goal = self._noted("gradient", goal)
         dual, at_x0 = None, signal
         if level.per_pixel:
             dual = None if guidance.toward is None else guidance.toward.spread_at(level)
@@ -270,20 +290,19 @@ class Run:
         g = goal
         if through:
             g = self._through(prediction, (x, source), level, goal if dual is None else goal / dual)
-            g = self._within((g if dual is None else dual * g) * level.stretch.to(dtype))
+            g = self._noted("through", self._within((g if dual is None else dual * g) * level.stretch.to(dtype)))
         if g is not None:
-            fine = fine & torch.isfinite(g).flatten(1).all(1)
-            g = torch.where(per_sample(fine, g, torch.bool), g, 0)
             row["gradient_norm"] = norm(g).flatten()
-        seen = _Seen(replace(signal, gradient=g, at_x0=goal, x0=solver.clipped(place)), fine)
+        seen = _Seen(replace(signal, gradient=g, at_x0=goal, x0=solver.clipped(place)))
         if guidance.inner is not None:
-            seen.displacement = self._inner_displacement(at_x0, terms, blur, seen)
+            seen.displacement = self._inner_displacement(at_x0, terms, blur)
         if self._population is not None:
             self._population.weigh(loss)
             order = self._population.ancestors()
             if order is not None:
                 batch = len(x)
                 seen = seen.reordered(order, batch)
+                self.watch.reorder(order)
                 self._state = reordered(self._state, order, batch)
                 self._inner_state = reordered(self._inner_state, order, batch)
                 self._toward_state = reordered(self._toward_state, order, batch)
@@ -299,11 +318,33 @@ class Run:
             raise _no_gradient()
         return found + directly
 
+    def _noted(self, kind: str, value: torch.Tensor, terms: Callable = lambda: None) -> torch.Tensor:
+        """A gradient or a step `(B, ...)`, zero for samples with a fault. One whose length is beyond the numbers that
+        there are is not finite either: rules divide by it, and would make nothing of it without a word."""
+        self.watch.add(kind, ~torch.isfinite(norm(value)).flatten(), terms)
+        return self.watch.only(value)
+
     def _gradient_at(self, x0: torch.Tensor, terms: list, blur: torch.Tensor | None):
-        """Gradient at x0 (None where none is needed), loss and terms, smoothed over the copies in `blur`."""
+        """Gradient at x0 (None where none is needed), loss and terms, smoothed over the copies in `blur`. Of a sample
+        with a fault the gradient is zero, and the loss is NaN where it could not be asked."""
+        g, loss, values = self._evaluated(x0, terms, blur)
+        loss, *each = (self.watch.only(value, torch.nan) for value in (loss, *values.values()))
+        values = dict(zip(values, each))
+        bad = {name: ~torch.isfinite(value) for name, value in values.items()}
+        self.watch.add("loss", ~torch.isfinite(loss), lambda: [name for name in bad if bool(bad[name].any())])
+        if g is not None:
+            g = self._noted("gradient", g, lambda: self._guilty(x0, terms, blur))
+        return g, loss, values
+
+    def _evaluated(self, x0: torch.Tensor, terms: list, blur: torch.Tensor | None):
         if blur is None:
             return self._gradient_at_x0(x0, terms)
         return smoothed(lambda place: self._gradient_at_x0(place, terms), x0, blur)
+
+    def _guilty(self, x0: torch.Tensor, terms: list, blur: torch.Tensor | None) -> list[str]:
+        """The terms whose own gradient at x0 is not finite for some sample."""
+        found = {term.name: self._evaluated(x0, [term], blur)[0] for term in terms}
+        return [name for name, g in found.items() if not bool(torch.isfinite(norm(g)).all())]
 
     def _gradient_at_x0(self, x0: torch.Tensor, terms: list):
         """The guide's gradient at the picture, then one product through the decoder."""
@@ -312,10 +353,14 @@ class Run:
         with torch.set_grad_enabled(gradient):
             leaf = x0.detach().requires_grad_(gradient)
             image = self._decoding(leaf)
+        _check_decoded(image, x0)
         if gradient and not image.requires_grad:
             raise _no_decoder()
         seen = image.detach()
         seen = seen.to(torch.promote_types(seen.dtype, torch.float32))
+        bad = unsound(seen)
+        self.watch.add("picture", bad)
+        seen = torch.where(per_sample(bad, seen, torch.bool), 0, seen)
         draws = None
         augment = guidance.augment
         if gradient and augment is not None and augment.suits(seen) and any(term.augment for term in terms):
@@ -358,56 +403,39 @@ class Run:
         return value if value is None or self._region is None else torch.where(self._region, value, 0)
 
     def _descent(self, inner: Inner, state: Any, signal: Signal, terms: list, blur: torch.Tensor | None):
-        """How far inner steps move x0, from the signal's x0 and gradient there; the rule's state after them; and for
-        which samples `(B,)` every gradient was finite."""
+        """How far inner steps move x0, from the signal's x0 and gradient there; and the rule's state after them."""
         start = place = signal.x0
-        sound = torch.ones(len(place), dtype=torch.bool, device=place.device)
         for i in range(inner.iterations):
             if i:
                 g, loss, _ = self._gradient_at(place, terms, blur)
-                signal = replace(signal, gradient=g, loss=torch.nan_to_num(loss), x0=place)
-            fine = torch.isfinite(signal.gradient).flatten(1).all(1)
-            sound = sound & fine
-            g = torch.where(per_sample(fine, place, torch.bool), signal.gradient, 0)
+                signal = replace(signal, gradient=g, loss=self.watch.only(loss), x0=place)
             with torch.no_grad():
-                move, state = inner.rule.update(replace(signal, gradient=g).within(self._region), state)
-                place = place - self._within(torch.where(norm(g) > 0, move, 0))
-        fine = sound
+                move, after = inner.rule.update(signal.within(self._region), state)
+                move = self._noted("step", self._within(torch.where(norm(signal.gradient) > 0, move, 0)))
+                state = kept(self.watch.sound, after, state)
+                place = place - move
         if inner.blend:
             level = signal.level
-            return level.sigma / (level.alpha + level.sigma) * (place - start), state, fine
-        return place - start, state, fine
+            return level.sigma / (level.alpha + level.sigma) * (place - start), state
+        return place - start, state
 
-    def _inner_displacement(self, signal: Signal, terms: list, blur: torch.Tensor | None, seen: _Seen) -> torch.Tensor:
-        """The displacement of x0 by `guidance.inner`; nothing for a sample where it is not finite."""
-        found = self._descent(self.guidance.inner, self._inner_state, signal, terms, blur)
-        displacement, self._inner_state, sound = found
-        displacement = self.guidance.strength * displacement
-        fine = sound & torch.isfinite(displacement).flatten(1).all(1)
-        seen.fine = seen.fine & fine
-        return torch.where(per_sample(fine, displacement, torch.bool), displacement, 0)
+    def _inner_displacement(self, signal: Signal, terms: list, blur: torch.Tensor | None) -> torch.Tensor:
+        """The displacement of x0 by `guidance.inner`; nothing for a sample where something was not finite."""
+        displacement, self._inner_state = self._descent(self.guidance.inner, self._inner_state, signal, terms, blur)
+        return self._noted("step", self.guidance.strength * displacement)
 
-    def _move(self, signal: Signal, fine: torch.Tensor, row: dict) -> torch.Tensor:
-        """The rule's step to subtract, `(B, ...)`; zero for a sample whose gradient is zero or not finite."""
+    def _move(self, signal: Signal, row: dict) -> torch.Tensor:
+        """The rule's step to subtract, `(B, ...)`; zero for a sample with a fault, or whose gradient is zero."""
         guidance = self.guidance
-        move, self._state = guidance.rule.update(signal.within(self._region), self._state)
+        move, after = guidance.rule.update(signal.within(self._region), self._state)
         move = self._within(move)
         if not guidance.rule.scales_itself:
             move = guidance.strength * move
-        fine = fine & torch.isfinite(move).flatten(1).all(1)
-        wanted = per_sample(fine, move, torch.bool) & ((norm(signal.gradient) > 0) | (guidance.edit == "anchor"))
-        move = torch.where(wanted, move, 0)
+        move = self._noted("step", move)
+        self._state = kept(self.watch.sound, after, self._state)
+        move = torch.where((norm(signal.gradient) > 0) | (guidance.edit == "anchor"), move, 0)
         row["step_size"] = norm(move).flatten()
-        self._count(fine, row)
         return move
-
-    def _count(self, fine: torch.Tensor, row: dict) -> None:
-        self.record.count_nonfinite(~fine)
-        if self.guidance.raise_on_nonfinite and not bool(fine.all()):
-            bad = (~fine).nonzero().flatten().tolist()
-            raise FloatingPointError(
-                f"the loss, its gradient or its step is not finite at step {row['step']} for pictures {bad}"
-            )
 
     def _edited(self, x, prediction, seen: _Seen, level: Level, after: Level, row: dict, solve) -> torch.Tensor:
         """The solver's step, with the rule's step and the displacement of x0 worked in."""
@@ -420,10 +448,8 @@ class Run:
         twisted = self._population is not None and guidance.particles.twisted
         if twisted and not late:
             raise _not_ancestral()
-        if guidance.rule is None:
-            self._count(seen.fine, row)
-        elif not late:
-            move = self._move(signal, seen.fine, row)
+        if guidance.rule is not None and not late:
+            move = self._move(signal, row)
             if edit == "score":
                 score = move
             elif edit == "mean":
@@ -432,7 +458,13 @@ class Run:
                 shift = wide * move
         if guidance.project is not None and displacement is not None:
             touched = (displacement != 0).flatten(1).any(1)
-            projected = guidance.project(signal.x0 + displacement) - signal.x0
+            projected = guidance.project(signal.x0 + displacement)
+            if projected.shape != signal.x0.shape:
+                raise ValueError(
+                    f"project makes {tuple(projected.shape)} of x0 {tuple(signal.x0.shape)}, and must return the same "
+                    "shape"
+                )
+            projected = projected - signal.x0
             touched = touched & torch.isfinite(projected).flatten(1).all(1)
             displacement = self._within(torch.where(per_sample(touched, projected, torch.bool), projected, 0))
         if displacement is not None and guidance.inner is not None and guidance.inner.keep == "sample":
@@ -443,24 +475,33 @@ class Run:
             score, shift = _sum(score, _score_for_shift(shift, level, after)), None
         if score is not None:
             scored = _scored(x, prediction, score, level, solver.kind)
-            prediction = scored if self._region is None else torch.where(self._region, scored, prediction)
+            scored = scored if self._region is None else torch.where(self._region, scored, prediction)
+            prediction = self._landed(scored, prediction)
         x_next = solve(prediction, x)
         if late:
             landed = x_next.to(signal.x0.dtype) / wide
             if self._random is None:
                 self._random = _drew(landed, signal.level, signal.next_level, signal.x0, signal.noise)
             signal = replace(signal, landed=landed, random=self._random)
-            move = self._move(signal, seen.fine, row)
+            move = self._move(signal, row)
             if twisted:
                 self._population.correct(_log_ratio(signal, move))
             shift = _sum(shift, wide * move)
         if shift is not None:
-            x_next = (x_next.to(shift.dtype) - shift).to(x_next.dtype)
+            x_next = self._landed((x_next.to(shift.dtype) - shift).to(x_next.dtype), x_next)
         return x_next
+
+    def _landed(self, moved: torch.Tensor, unmoved: torch.Tensor) -> torch.Tensor:
+        """What has been moved, but what has not for a sample that half precision cannot hold where it was moved to."""
+        if torch.finfo(moved.dtype).bits > 16:  # whose moves are of a finite length
+            return moved
+        bad = unsound(moved)
+        self.watch.add("step", bad)
+        return torch.where(per_sample(bad, moved, torch.bool), unmoved, moved)
 
     def _anchored(self, x, prediction, seen: _Seen, after: Level, row: dict, solve) -> torch.Tensor:
         """The anchor takes the rule's step, and fresh noise makes of it a sample of the next level."""
-        self._anchor = self._anchor - self._move(seen.signal, seen.fine, row)
+        self._anchor = self._anchor - self._move(seen.signal, row)
         x_next = solve(prediction, x)  # so that the solver counts its steps, and for what may not move
         landed = self._anchor
         if row["step"] < len(self.solver) - 1:
@@ -497,11 +538,10 @@ class Run:
 
 @dataclass
 class _Seen:
-    """What a visit found: the signal for the rule, which samples are sound, the displacement of x0 by inner steps, and
-    the order in which particles go on."""
+    """What a visit found: the signal for the rule, the displacement of x0 by inner steps, and the order in which
+    particles go on."""
 
     signal: Signal
-    fine: torch.Tensor
     displacement: torch.Tensor | None = None
     order: torch.Tensor | None = None
 
@@ -513,8 +553,7 @@ class _Seen:
         signal = replace(self.signal, loss=self.signal.loss[order.to(self.signal.loss.device)], drawn=drawn, **fields)
         if signal.floor is not None:
             signal = replace(signal, floor=signal.floor[order.to(signal.floor.device)])
-        fine = self.fine[order.to(self.fine.device)]
-        return _Seen(signal, fine, reordered(self.displacement, order, batch), order)
+        return _Seen(signal, reordered(self.displacement, order, batch), order)
 
 
 def _no_gradient() -> ValueError:
@@ -522,6 +561,16 @@ def _no_gradient() -> ValueError:
         "the denoiser's prediction carries no gradient back to its sample: it ran without gradients or in inference "
         "mode, is not differentiable, was given another tensor than the solver, or a callback returned a sample "
         'without gradients; choose through="x0", which needs none'
+    )
+
+
+def _check_decoded(image: object, x0: torch.Tensor) -> None:
+    if isinstance(image, torch.Tensor) and image.is_floating_point() and image.dim() and len(image) == len(x0):
+        return
+    got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
+    raise ValueError(
+        f"decode must return a float tensor with one picture for each of the {len(x0)} samples {tuple(x0.shape)} that "
+        f"it is given, but returned {got}"
     )
 
 
@@ -563,9 +612,12 @@ def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
         drawn, move, variance = (
             value.expand_as(drawn)[:, draws[0].expand(drawn.shape[1:])] for value in (drawn, move, variance)
         )
-    spread = (drawn.square() / variance).mean().item()  # one, for noise of that variance around that mean
-    round_off = ((1e-5 * signal.landed.abs().amax()) ** 2 / variance).mean().item()
-    if abs(spread - 1) > 0.05 + 6 * (2 / drawn.numel()) ** 0.5 + round_off:
+    spreads = (drawn.square() / variance).flatten(1).mean(1)  # one, for noise of that variance around that mean
+    sound = torch.isfinite(spreads)
+    count = max(1, int(sound.sum())) * drawn[0].numel()
+    largest = signal.landed.flatten(1).abs().amax(1)[sound].amax() if sound.any() else 0.0
+    round_off = ((1e-5 * largest) ** 2 / variance).mean().item()
+    if abs(spreads[sound].mean().item() - 1) > 0.05 + 6 * (2 / count) ** 0.5 + round_off:
         raise _not_ancestral()
     return ((2 * drawn - move) * move / (2 * variance)).double().flatten(1).sum(1)
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from ..samplers.faults import TRANSFORMER
 from ..samplers.time_travel import TimeTravel, Visit
-from ..samplers.tokens import TokenGenerator, Unmasking
+from ..samplers.tokens import TokenGenerator, Unmasking, likeliest
 from .guidance import Guidance
-from .step import Run, _floor, _Seen
+from .step import Run, _floor
 from .steps import Signal, UnsuitableSolver, norm, per_sample
 
 _IRRELEVANT = ("through", "through_share", "edit_between", "name", "citation", "loss", "strength")
@@ -35,6 +36,7 @@ class TokenRun(Run):
 
     def __init__(self, guidance: Guidance, schedule: Unmasking, generator: TokenGenerator, seeds: list[int]):
         super().__init__(guidance, schedule, lambda logits: logits, seeds)
+        self.record.model = self.watch.model = TRANSFORMER
         self.generator = generator
         self._confidence: torch.Tensor | None = None
 
@@ -68,6 +70,8 @@ class TokenRun(Run):
             alpha=level.alpha.tolist(),
             sigma=level.sigma.tolist(),
         )
+        self.watch.begin(likeliest(logits), row)
+        logits = self.watch.only(logits)  # no token can be drawn otherwise, of no sample
         terms = self._terms(visit.step)
         chosen = guidance.active and bool(terms) and guidance.tokens.candidates > 1
         if terms and (guidance.inner is not None or not chosen):
@@ -78,6 +82,9 @@ class TokenRun(Run):
                 self._remember(logits, tokens, drawn)
                 if not visit.last:
                     after = self._masked_again(tokens, drawn)
+        row["fault"] = self.watch.codes
+        if terms and not chosen:  # some of the candidates may be finite
+            self.watch.warn_of_all()
         if tokens.is_cuda:
             row["peak_memory"] = torch.cuda.max_memory_allocated(tokens.device)
         self.record.add(**row, seconds=time.perf_counter() - started)
@@ -95,7 +102,7 @@ class TokenRun(Run):
             return logits
         signal = Signal(
             gradient=gradient,
-            loss=torch.nan_to_num(loss),
+            loss=self.watch.only(loss),
             noise=place,
             level=self.solver.levels[step],
             next_level=self.solver.levels[step + 1],
@@ -105,13 +112,9 @@ class TokenRun(Run):
             strength=guidance.strength,
             x0=place,
         )
-        sound = torch.isfinite(loss) & torch.isfinite(gradient).flatten(1).all(1)
-        seen = _Seen(signal, sound)
-        move = self._inner_displacement(signal, terms, None, seen)
-        move = torch.where(per_sample(seen.fine, move, torch.bool), move, 0)
-        row["gradient_norm"] = norm(torch.where(per_sample(sound, gradient, torch.bool), gradient, 0)).flatten()
+        move = self.watch.only(self._inner_displacement(signal, terms, None))
+        row["gradient_norm"] = norm(gradient).flatten()
         row["step_size"] = norm(move).flatten()
-        self._count(seen.fine, row)
         moved = per_sample((move != 0).flatten(1).any(1), move, torch.bool)
         return torch.where(moved, (place + move).clamp(-limit, limit).to(logits.dtype), logits)
 
@@ -128,8 +131,10 @@ class TokenRun(Run):
             values.append({term.name: term(image).detach().float() for term in terms})
         values = {term.name: torch.stack([one[term.name] for one in values]) for term in terms}
         loss = sum(term.weight * values[term.name] for term in terms)
-        finite = torch.isfinite(loss)
-        self._count(finite.all(0), row)
+        finite = torch.isfinite(loss) & self.watch.sound
+        values = {name: self.watch.only(value.T, torch.nan).T for name, value in values.items()}
+        guilty = [name for name, value in values.items() if not value.isfinite().all()]
+        self.watch.add("loss", ~finite.all(0), lambda: guilty)
         finite, weights = finite.cpu(), -settings.sharpness * self.guidance.strength * loss.double().cpu()
         weights = torch.where(finite, weights, -math.inf)
         weights[0] = torch.where(finite.any(0), weights[0], 0)

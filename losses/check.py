@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .loss import Composable, as_losses
+from .loss import Composable, advice_on, as_losses, said, wrong_value
 
 LEVELS = ("ok", "warning", "problem")
 
@@ -28,15 +28,6 @@ _KINDS = {
 }
 _LOW = (torch.float64, torch.bfloat16, torch.float16)
 _STEPS = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of finite differences; single precision needs the longer ones
-
-# what an error of torch or Python says, and what it means here
-_HINTS = (
-    ("positional argument", "a loss takes the pictures alone, bind the rest by functools.partial"),
-    ("call numpy()", "numpy knows no gradient, use torch operations all the way"),
-    ("same device", "move its own tensors to the picture's by .to(image.device)"),
-    ("should be the same", "bring its own tensors and network to the picture's device and dtype by .to(image)"),
-    ("inplace operation", "write y = y + 1 for y += 1, and the like"),
-)
 
 
 @dataclass(frozen=True)
@@ -192,10 +183,8 @@ class _Trial:
 
 
 def _failure(error: Exception, image: torch.Tensor) -> _Failed:
-    first = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".:")
-    hint = next((f"; {hint}" for said, hint in _HINTS if said in str(error)), "")
-    reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    return _Failed(f"fails on pictures {_size(image.shape)} ({reason}){hint}")
+    advice = advice_on(error)
+    return _Failed(f"fails on pictures {_size(image.shape)} ({said(error)}){f'; {advice}' if advice else ''}")
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -214,33 +203,11 @@ def _shape(trial: _Trial) -> _Outcome:
         except _Failed as failure:
             other = "; if it is for pictures of another shape, name that" if count == 1 else ""
             raise _Failed(f"{failure}{other}") from failure
-        wrong = _wrong_shape(value, len(image))
+        wrong = wrong_value(value, len(image))
         if wrong:
             return "problem", wrong
     batches = ", ".join(str(count * trial.each) for count in (1, 2, 3))
     return "ok", f"one number per picture, for batches of {batches} of {_size(trial.shape)}"
-
-
-def _wrong_shape(value: object, images: int) -> str | None:
-    if value is None:
-        return "returns nothing: end it with return"
-    if not isinstance(value, torch.Tensor):
-        return (
-            f"returns a {type(value).__name__}, which has no gradient: return a tensor (B,), by torch operations all "
-            "the way, without .item(), float() and numpy"
-        )
-    if value.shape != (images,):
-        if value.ndim == 0 or value.numel() == 1 < images:
-            return "returns one number for the whole batch: average over every axis but the first, .mean((1, 2, 3))"
-        if value.numel() == images:
-            return f"returns {_size(value.shape)} for a batch of {images}: drop all axes but the first, .flatten()"
-        return (
-            f"returns {_size(value.shape)} for a batch of {images}, not one number each: average over every axis but "
-            "the first, .flatten(1).mean(1)"
-        )
-    if not value.is_floating_point():
-        return f"returns numbers of {_name(value.dtype)}, which have no gradient: leave out rounding and comparisons"
-    return None
 
 
 def _finite(trial: _Trial) -> _Outcome:
@@ -414,7 +381,7 @@ def _other_size(trial: _Trial) -> _Outcome:
     shape = (*rest, width * 5 // 4)
     image = trial.pictures(count=2, shape=shape)
     try:
-        wrong = _wrong_shape(trial.value(image), len(image))
+        wrong = wrong_value(trial.value(image), len(image))
     except _Failed as failure:
         wrong = str(failure)
     if wrong:
@@ -429,7 +396,7 @@ def _precision(trial: _Trial) -> _Outcome:
     for dtype in _LOW:
         try:
             value = trial.value(image.to(dtype))
-            sound = _wrong_shape(value, len(image)) is None and bool(value.isfinite().all())
+            sound = wrong_value(value, len(image)) is None and bool(value.isfinite().all())
         except _Failed:
             sound = False
         (works if sound else fails).append(_name(dtype))

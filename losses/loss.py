@@ -8,6 +8,7 @@ steps or files. Losses compose by `+` and `*` into named terms; a term carries t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -157,19 +158,41 @@ class Term(Composable):
         """The unweighted loss `(B,)` of images `(B, 3, H, W)`; the shape of what comes back is checked.
 
         Raises:
-            ValueError: the loss returned something else than one number per sample.
+            ValueError: the loss returned something else than one number per sample, or wrote into the images; or it
+                raised an error whose cause is known.
         """
         if getattr(self.loss, "pictures", False) and (image.dim() != 4 or image.shape[1] != 3):
             raise ValueError(
                 f"loss '{self.name}' looks at pictures (B, 3, H, W), got {tuple(image.shape)}; Frames(loss) makes one "
                 "for videos (B, F, 3, H, W)"
             )
-        value = self.loss(image)
-        if not isinstance(value, torch.Tensor) or value.shape != (len(image),):
-            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        version = None if image.is_inference() else image._version
+        try:
+            value = self.loss(image)
+        except Exception as error:
+            advice = advice_on(error)
+            if advice is None:
+                note(error, f"raised by the loss '{self.name}' for pictures {tuple(image.shape)}")
+                raise
+            told = f"loss '{self.name}' fails on pictures {tuple(image.shape)} ({said(error)}); {advice}"
+            raise ValueError(told) from error
+        if version is not None and image._version != version:
             raise ValueError(
-                f"loss '{self.name}' must return one number per sample, shape ({len(image)},), but returned {got}; "
-                "average over every axis but the first"
+                f"loss '{self.name}' writes into the pictures that it is given, which other terms see as well: leave "
+                "out operations such as .clamp_(), += and image[...] = , or let them write into image.clone()"
+            )
+        wrong = wrong_value(value, len(image))
+        if wrong is not None:
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            got = value.dtype if isinstance(value, torch.Tensor) and value.shape == (len(image),) else got
+            raise ValueError(
+                f"loss '{self.name}' must return one number per sample, shape ({len(image)},), but returned {got}: it "
+                f"{wrong}"
+            )
+        if value.device != image.device:
+            raise ValueError(
+                f"loss '{self.name}' returned its value on {value.device} for pictures on {image.device}: leave out "
+                ".cpu() and .cuda(), and move its own tensors by .to(image.device)"
             )
         return value
 
@@ -188,6 +211,60 @@ class Term(Composable):
         }
 
 
+def wrong_value(value: object, images: int) -> str | None:
+    """What is wrong with what a loss returned for so many images, and what to do about it; None where nothing is."""
+    if value is None:
+        return "returns nothing: end it with return"
+    if not isinstance(value, torch.Tensor):
+        return (
+            f"returns a {type(value).__name__}, which has no gradient: return a tensor (B,), by torch operations all "
+            "the way, without .item(), float() and numpy"
+        )
+    if value.shape != (images,):
+        size = " x ".join(str(side) for side in value.shape)
+        if value.ndim == 0 or value.numel() == 1 < images:
+            return "returns one number for the whole batch: average over every axis but the first, .mean((1, 2, 3))"
+        if value.numel() == images:
+            return f"returns {size} for a batch of {images}: drop all axes but the first, .flatten()"
+        return (
+            f"returns {size} for a batch of {images}, not one number each: average over every axis but the first, "
+            ".flatten(1).mean(1)"
+        )
+    if not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"returns numbers of {kind}, which have no gradient: leave out rounding and comparisons"
+    return None
+
+
+# what an error of torch or Python says, and what it means here
+_CAUSES = (
+    ("positional argument", "a loss takes the pictures alone, bind the rest by functools.partial"),
+    ("call numpy()", "numpy knows no gradient, use torch operations all the way"),
+    ("same device", "move its own tensors to the picture's by .to(image.device)"),
+    ("should be the same", "bring its own tensors and network to the picture's device and dtype by .to(image)"),
+    ("same dtype", "bring its own tensors and network to the picture's device and dtype by .to(image)"),
+    ("inplace operation", "write y = y + 1 for y += 1, and the like"),
+    ("in-place operation", "write y = y + 1 for y += 1, and into image.clone() in place of the picture"),
+)
+
+
+def advice_on(error: Exception) -> str | None:
+    """What to do about an error in a loss; None where that is not known."""
+    return next((advice for known, advice in _CAUSES if known in str(error)), None)
+
+
+def note(error: Exception, text: str) -> None:
+    """Let an error's traceback end with where it happened, on Pythons that can (3.11)."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+
+
+def said(error: Exception) -> str:
+    """An error's kind and its first sentence."""
+    first = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".:")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def _is_schedule(points: Any) -> bool:
     """Whether these are points `(progress, factor)` in order."""
     if any(len(point) != 2 or not all(isinstance(v, numbers.Real) for v in point) for point in points):
@@ -204,12 +281,13 @@ class Losses(Composable):
         self._unnumbered = tuple(terms)
         self.arguments = {"terms": self._unnumbered}
         names = [term.name for term in terms]
-        seen: dict[str, int] = {}
+        taken = {name for name in names if names.count(name) == 1}  # somebody's own "a-1" stays what it is
         numbered = []
         for term in terms:
             if names.count(term.name) > 1:
-                seen[term.name] = seen.get(term.name, 0) + 1
-                term = dataclasses.replace(term, name=f"{term.name}-{seen[term.name]}")
+                numbers = (f"{term.name}-{number}" for number in itertools.count(1))
+                term = dataclasses.replace(term, name=next(name for name in numbers if name not in taken))
+                taken.add(term.name)
             numbered.append(term)
         self._terms = tuple(numbered)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class Measurement(Loss):
         self.operator, self.sigma = operator, float(sigma)
         y = y.detach()
         y = y[None] if y.ndim == 3 else y
-        observed = torch.ones_like(y) * _observed(operator, y)
+        with _fitting(f"the operator does not suit measurements {tuple(y.shape)}"):
+            observed = torch.ones_like(y) * _observed(operator, y)
         self.y = torch.where(observed > 0, y, 0)
         self.batch = len(self.y)
         counts = observed.reshape(len(observed), -1).sum(1)
@@ -57,13 +59,25 @@ class Measurement(Loss):
 
     def residual(self, image: torch.Tensor) -> torch.Tensor:
         """`y - A(image)`, of the shape of y; zero where nothing is observed."""
-        measured = self.operator(image)
+        with _fitting(f"the operator does not suit images {tuple(image.shape)}"):
+            measured = self.operator(image)
         y = moved(self.y, measured)  # a spectrum is wider than half-precision images
         if measured.shape[1:] != y.shape[1:] or len(measured) != len(image):
             raise ValueError(
                 f"the operator makes {tuple(measured.shape)} of images {tuple(image.shape)}, but y is {tuple(y.shape)}"
             )
         return per_image(y, len(image), "measurements") - measured
+
+
+@contextmanager
+def _fitting(told: str) -> Iterator[None]:
+    """What torch says where sizes differ, as what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "must match" not in str(error):
+            raise
+        raise ValueError(f"{told}: is a mask of another size? ({error})") from error
 
 
 def _observed(operator: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor) -> torch.Tensor:

@@ -38,10 +38,26 @@ class Denoiser:
         """What the model returns at model input `x` and timestep `t` (or the map gamma), in the dtype of `x`.
 
         The prediction `(B, C, H, W)`; `(B, 2 C, H, W)` from a model that also predicts a variance.
+
+        Raises:
+            ValueError: the model returns something else, or does not take samples of this size.
         """
-        output = self.model(x.to(self.dtype), t)
+        try:
+            output = self.model(x.to(self.dtype), t)
+        except RuntimeError as error:
+            if "Sizes of tensors must match" not in str(error):
+                raise
+            raise ValueError(
+                f"the denoiser {type(self.model).__name__} does not take samples {tuple(x.shape)}: what it makes "
+                f"smaller and larger again comes back in another size ({error}); choose shape=(channels, height, "
+                "width) with sides that all its halvings divide, such as multiples of 32"
+            ) from error
         if not isinstance(output, torch.Tensor):
-            output = output[0]
+            found = next(iter(output), None) if isinstance(output, (tuple, list)) else getattr(output, "sample", None)
+            output = output if found is None else found
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            kind = output.dtype if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ValueError(f"the denoiser must return a float tensor {tuple(x.shape)}, but returned {kind}")
         if output.shape != x.shape and output.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
             raise ValueError(
                 f"the denoiser must return the shape it was given, {tuple(x.shape)}, but returned {tuple(output.shape)}"

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from .capture import Captures, Latest
 from .change import Change, change_of
 from .denoiser import Denoiser, as_picture
+from .faults import Faults
 from .random import generators, particle_seeds, randn
 from .record import Record
 from .solver import Solver
@@ -87,12 +88,23 @@ def sample(
 
     On a CUDA device the host waits for no step of a denoiser, with or without graphs, and gives the device its work
     ahead. It has to wait for guidances whose course depends on what they find (particles, the conjugate gradients of
-    `pigdm`, `ddnm` and `diffpir`, `raise_on_nonfinite`), once per run to see whether the solver draws noise, and in
-    diffusers' own steps of DDPM, ancestral and SDE solvers and UniPC. Levels per pixel lie on the device, and what
+    `pigdm`, `ddnm` and `diffpir`, `raise_on_nonfinite`), once per run to see whether the solver draws noise, at the
+    first step to see whether the prediction and the loss are finite at all, and in diffusers' own steps of DDPM,
+    ancestral and SDE solvers and UniPC. Levels per pixel lie on the device, and what
     depends on them (`score` edits, `dsg`) waits, too. A token generator waits at every step, for its draws.
+
+    Numbers that are not finite do not spoil other pictures: a loss, gradient or step that is not moves nothing of its
+    picture then, and what the model returns for one picture is that picture's alone. Which, where and what is told in
+    one warning at the end.
 
     Returns:
         `Result` with images, samples, record and seeds.
+
+    Raises:
+        FloatingPointError: at the first step the prediction is not finite for any picture of the batch, as where
+            float16 overflows; or something is not, and the guidance is to `raise_on_nonfinite`.
+        TypeError, ValueError: an argument is of another kind or does not fit; what a model, decoder or loss returns
+            has another shape, or carries no gradient.
     """
     if not isinstance(denoiser, (Denoiser, TokenGenerator)):
         raise TypeError(
@@ -177,7 +189,7 @@ def _sample_batch(
     predict = denoiser.predict if captures is None else captures("the denoiser", denoiser.predict)
     run = None if guidance is None else guidance.begin(solver, denoiser.decode, seeds)
     if run is not None:
-        run.captures, run.change = captures, change
+        run.captures, run.change, run.watch.checks = captures, change, True
     latest = Latest()
     plan = visits(range(len(solver))) if run is None else run.visits
     record = Record() if run is None else run.record
@@ -204,9 +216,13 @@ def _sample_batch(
 
         with torch.no_grad():
             if run is None:
+                faults = Faults.of_prediction(prediction)
+                row = dict(step=i, visit=0, timestep=solver.times[i])
+                if i == 0:
+                    faults.check_prediction(row)
                 x = solve(prediction, x)
                 x = x if change is None else change.landed(x, i)
-                record.add(step=i, visit=0, timestep=solver.times[i], seconds=time.perf_counter() - start)
+                record.add(**row, fault=faults.codes, seconds=time.perf_counter() - start)
             else:
                 x = run.step(x, prediction, visit, solve, start)
         if not bar.disable:

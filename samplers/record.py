@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from .faults import DENOISER, KINDS, report
 from .plain import plain
 
-PER_PICTURE = ("loss", "gradient_norm", "step_size")
+PER_PICTURE = ("loss", "gradient_norm", "step_size", "fault")
 
 
 class Record:
@@ -21,13 +22,19 @@ class Record:
     A row is a dict: `step` (index into the solver's steps), `visit` (0, or the number of the repeat under time travel),
     `timestep`, `alpha` and `sigma` (their means where pixels differ), `progress` in [0, 1), `terms` (name -> loss
     `(B,)`, unweighted), `loss` (the weighted sum, `(B,)`), `gradient_norm` and `step_size` `(B,)`, `seconds`,
-    `peak_memory` (the process's so far, in bytes, CUDA only). Steps that were not guided have no loss. Values stay on
-    the device until they are read.
+    `peak_memory` (the process's so far, in bytes, CUDA only), `fault` (`(B,)`, what was not finite, by its code in
+    `lossguide.samplers.faults`; its name or None in JSON). Steps that were not guided have no loss. Values stay on the
+    device until they are read.
+
+    Attributes:
+        rows: see above.
+        model: what to call the model's prediction in messages.
+        settings: of the guidance, plain data.
     """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.nonfinite: torch.Tensor | None = None
+        self.model = DENOISER
         self.settings: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -39,22 +46,18 @@ class Record:
         """Append a row."""
         self.rows.append(row)
 
-    def count_nonfinite(self, bad: torch.Tensor) -> None:
-        """Count, per picture, gradients that were not finite; `bad` is bool `(B,)`."""
-        self.nonfinite = bad.long() if self.nonfinite is None else self.nonfinite + bad.long()
+    @property
+    def nonfinite(self) -> torch.Tensor | None:
+        """At how many visits `(B,)` each picture was not moved, as the loss, its gradient or its step was not finite;
+        None where nothing was looked at. A prediction of the model that is not finite does not count here."""
+        codes = [row["fault"] for row in self.rows if "fault" in row]
+        return (torch.stack(codes) > 1).sum(0) if codes else None
 
     def warn_of_nonfinite(self) -> None:
-        """Tell, in one warning, which pictures had gradients or steps that were not finite."""
-        count = [] if self.nonfinite is None else self.nonfinite.tolist()
-        bad = {i: n for i, n in enumerate(count) if n}
-        if bad:
-            told = ", ".join(f"{i} ({n} times)" for i, n in list(bad.items())[:8])
-            warnings.warn(
-                f"the loss, its gradient or its step was not finite for {len(bad)} of {len(count)} pictures, which it "
-                f"did not move then: picture {told}{' ...' if len(bad) > 8 else ''}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        """Tell, in one warning, for which pictures something was not finite, what it was and where it began."""
+        told = report(self.rows, self.model)
+        if told is not None:
+            warnings.warn(told, RuntimeWarning, stacklevel=3)
 
     def keep(self, chosen: torch.Tensor, *present: dict[str, Any]) -> None:
         """Keep the columns of these samples, in this order; also in rows that are not added yet."""
@@ -64,8 +67,6 @@ class Record:
                     row[key] = row[key][chosen.to(row[key].device)]
             if "terms" in row:
                 row["terms"] = {name: value[chosen.to(value.device)] for name, value in row["terms"].items()}
-        if self.nonfinite is not None:
-            self.nonfinite = self.nonfinite[chosen.to(self.nonfinite.device)]
 
     @property
     def guided(self) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ class Record:
     def joined(records: list[Record]) -> Record:
         """The record of several batches of one run, side by side."""
         whole = Record()
-        whole.settings = records[0].settings
+        whole.settings, whole.model = records[0].settings, records[0].model
         for rows in zip(*(r.rows for r in records)):
             row = dict(rows[0], seconds=sum(r["seconds"] for r in rows))
             for key in PER_PICTURE:
@@ -107,13 +108,17 @@ class Record:
             if "peak_memory" in row:
                 row["peak_memory"] = max(r["peak_memory"] for r in rows)
             whole.rows.append(row)
-        if all(r.nonfinite is not None for r in records):
-            whole.nonfinite = torch.cat([r.nonfinite for r in records])
         return whole
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; numbers that are not finite become None."""
-        return {"settings": plain(self.settings), "nonfinite": plain(self.nonfinite), "rows": plain(self.rows)}
+        rows = [
+            row | {"fault": [KINDS[code - 1] if code else None for code in row["fault"].tolist()]}
+            if "fault" in row
+            else row
+            for row in self.rows
+        ]
+        return {"settings": plain(self.settings), "nonfinite": plain(self.nonfinite), "rows": plain(rows)}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the record as JSON."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .denoiser import frozen
+from .faults import TRANSFORMER, Faults
 from .levels import Level
 from .random import generators, particle_seeds
 from .record import Record
@@ -276,6 +277,11 @@ class Unmasking:
         return torch.cat([o.prev_sample for o in one]), torch.cat([o.pred_original_sample for o in one])
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The largest logit of each place, `(B, h, w)` of `(B, K, h, w)`: finite where a token can be drawn."""
+    return logits.amax(1)
+
+
 def among_top(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
     """Logits `(B, K, h, w)` of which all but the `top_k` largest of each place are minus infinity."""
     if top_k is None or top_k >= logits.shape[1]:
@@ -292,6 +298,9 @@ def draw_batch(
     run = None if guidance is None else guidance.begin_tokens(schedule, generator, seeds)
     plan = visits(range(steps)) if run is None else run.visits
     record = Record() if run is None else run.record
+    record.model = TRANSFORMER
+    if run is not None:
+        run.watch.checks = True
     bar.total = len(plan) * batches
     candidates = 1 if run is None else run.guidance.tokens.candidates
     sources = generators(particle_seeds(seeds, candidates))  # the first candidate's are the picture's own
@@ -305,8 +314,12 @@ def draw_batch(
             return schedule.draw(logits, i, tokens, own)
 
         if run is None:
-            tokens, _ = draw(logits, tokens)
-            record.add(step=i, visit=0, timestep=schedule.times[i], seconds=time.perf_counter() - start)
+            faults, row = Faults.of_prediction(likeliest(logits)), dict(step=i, visit=0, timestep=schedule.times[i])
+            if i == 0:
+                faults.check_prediction(row, TRANSFORMER)
+            # no token can be drawn by logits that are not finite, of no picture
+            tokens, _ = draw(torch.where(faults.sound.view(-1, 1, 1, 1), logits, 0), tokens)
+            record.add(**row, fault=faults.codes, seconds=time.perf_counter() - start)
         else:
             tokens = run.step_tokens(tokens, logits, visit, draw, start)
         if not bar.disable:
