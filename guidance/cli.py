@@ -31,6 +31,11 @@ from .contact_sheet import Block
 class _Main(click.Group):
     """A group that tells every problem in one sentence, and ends with status 130 after Ctrl-C."""
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if any("\0" in word for word in args):  # a shell cannot give one, another program in Python can
+            raise click.UsageError("an argument holds a NUL character, which no text or file name here has")
+        return super().parse_args(context, args)
+
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
@@ -40,7 +45,7 @@ class _Main(click.Group):
                 warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
                 status = super().main(*args, standalone_mode=False, **extra)
         except click.ClickException as error:
-            click.echo(f"Error: {' '.join(error.format_message().split())}", err=True)
+            click.echo(f"Error: {output.shown(' '.join(error.format_message().split()))}", err=True)
             sys.exit(error.exit_code)
         except click.Abort:
             click.echo("Stopped.", err=True)
@@ -152,7 +157,7 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
 @click.option("--task", type=click.Choice(restoring.TASKS), required=True, help="What happened to the photo.")
 @click.option("--mask", type=click.Path(path_type=Path), help="inpaint: white = keep; default: transparent = the hole.")
 @click.option("--factor", type=click.IntRange(2), default=4, show_default=True, help="super-resolution: times larger.")
-@click.option("--kernel-size", type=click.IntRange(1), default=9, show_default=True, help="deblur: pixels, odd.")
+@click.option("--kernel-size", type=click.IntRange(1, 999), default=9, show_default=True, help="deblur: pixels, odd.")
 @click.option("--blur-sigma", type=click.FloatRange(0), default=2.0, show_default=True, help="deblur: width in pixels.")
 @click.option(
     "--noise",

@@ -18,6 +18,7 @@ from .cli_options import shared
 from .cli_restore import fitted
 from .cli_tokens import NAME as TOKENS
 from .contact_sheet import Block
+from .files import write_whole
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -90,7 +91,7 @@ def imitate_command(
         job.say(f"Drawing {len(job.seeds)} answers, guided by {run['recipe']}.")
         images, record = job.draw(guidance)
         output.save_pictures(folder, images, job.seeds)
-        (folder / "report.txt").write_text(report + "\n", encoding="utf-8")
+        write_whole(folder / "report.txt", (report + "\n").encode())
         reached = job.mean_loss(loss, images)
         results: dict[str, Any] = {"mode": task.mode, "family": task.family, "way": task.way, "loss": reached}
         summary = f"{task.mode}: {task.family}, from {len(pairs)} pair{'s' * (len(pairs) > 1)}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -16,6 +15,7 @@ import torch
 
 from ..losses import registry
 from ..losses.loss import Composable, Term, as_losses
+from ..losses.reading import read_json
 from ..samplers import Record
 from ..samplers.change import UnsuitableChange
 from . import cli_output as output
@@ -68,15 +68,17 @@ def loss_told() -> Iterator[None]:
             if str(frame.f_globals.get("__name__")).startswith(registry.OWN_MODULE):
                 place = f"{os.path.relpath(frame.f_code.co_filename)}:{trace.tb_lineno}"
             trace = trace.tb_next
-        if not place or _lacks_memory(error):
+        if not place or lacks_memory(error):
             raise
         what = f"the loss '{name}'" if name else "a loss"
         raise Problem(f"{what} raised {type(error).__name__}: {error} ({place})") from error
 
 
-def _lacks_memory(error: Exception) -> bool:
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that the memory is full."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
+    told_so = ("out of memory", "not enough memory", "can't allocate memory")  # CUDA, Windows, Linux
+    return isinstance(error, MemoryError) or any(one in text for one in told_so)
 
 
 BAD = (ValueError, LookupError, OSError)
@@ -84,10 +86,7 @@ BAD = (ValueError, LookupError, OSError)
 
 def _tuned(path: Path) -> dict[str, Any]:
     """The settings in a file that `lossguide tune` wrote."""
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        found = None
+    found = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise ValueError(f"'{path}' is not what `lossguide tune` writes: it has no settings")
     return found["settings"]
@@ -155,7 +154,7 @@ class Job:
             self._out_of_memory(error)
 
     def _out_of_memory(self, error: Exception) -> NoReturn:
-        if not _lacks_memory(error):
+        if not lacks_memory(error):
             raise error
         smaller = f"try --batch-size {self.batch_size // 2}" if self.batch_size > 1 else "--dtype bfloat16 needs less"
         raise OutOfMemory(

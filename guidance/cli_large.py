@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 
 from ..losses import read_image
 from ..losses.loss import as_losses
+from ..losses.reading import LARGEST_JSON, parse_json
 from ..samplers import Record
 from ..samplers.plain import plain
 from . import cli_output as output
 from .cli_agreed import asked, difference, near, probe
 from .cli_job import Job, OutOfMemory, Problem, told
 from .contact_sheet import MOST, Block, contact_sheet
-from .files import Locks, open_plain, write_whole
+from .files import Locks, read_plain, write_whole
 from .guidance import Guidance
 from .manifest import MANIFEST, PICTURES, SETTINGS, Manifest, clear, entered, leave
 
@@ -79,6 +80,7 @@ def draw_many(job: Job, guidance: Guidance, prompt: str, label: str, default: Pa
     with told(ValueError):
         large = _Large(job, guidance, prompt, label, resolved)
     with told(ValueError), large.disk(wanted):
+        output.check_out(wanted)
         large.enter(wanted, join=run["resume"] or world > 1)
     try:
         with large.disk(large.folder):
@@ -117,7 +119,7 @@ class _Large:
                     if not alone:
                         raise OSError(f"another process is at work in '{self.folder}'")
                     clear(self.folder, strict=True)
-                settings = _read(self.folder / SETTINGS)
+                settings = read_settings(self.folder / SETTINGS)
                 if join or settings is None:
                     self._enter(locks, alone, settings)
                     break
@@ -223,11 +225,11 @@ class _Large:
         """When all pictures are done: the sheet and the results, by one process."""
         job, manifest = self.job, self.manifest
         with manifest.finishing():
-            settings = _read(self.folder / SETTINGS) or {}
+            settings = read_settings(self.folder / SETTINGS) or {}
             there = (self.folder / "sheet.png").is_file() and isinstance(settings.get("results"), dict)
             if there:
                 drawn = f"{self.drawn} pictures drawn" if self.drawn else "nothing was left to draw"
-                click.echo(f"{settings['results'].get('summary')}; {drawn}")
+                click.echo(f"{output.shown(settings['results'].get('summary'))}; {drawn}")
                 return
             job.say("Drawing some without guidance, for the sheet.")
             count = manifest.count
@@ -310,7 +312,7 @@ class _Large:
             raise Problem(what) from error
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_settings(path: Path) -> dict[str, Any] | None:
     """The settings in a folder; None where there are none.
 
     Raises:
@@ -318,11 +320,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         OSError: the file is a link, or cannot be opened.
     """
     try:
-        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
-            found = json.loads(file.read())
+        found = parse_json(read_plain(path, LARGEST_JSON))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"'{path}' is damaged, and without it a run cannot be gone on with")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..losses.reading import check_folder, no_code, read_json
 from ..samplers import Denoiser, Record, Solver, denoiser, prediction_kind, sample
 from .cli_tokens import NAME as TOKENS
 from .cli_tokens import TokenModel, load_tokens
@@ -216,7 +217,7 @@ def load_model(
     """
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # errors are told in a sentence below
     diffusers.utils.logging.disable_progress_bar()
     if name == TOKENS:
         return load_tokens(scheduler, device, dtype)
@@ -257,11 +258,38 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> PixelModel | P
             return _load_parts(folder, device, dtype)
         name = str(folder)
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype).to(device)
+        place = folder if folder.is_dir() else Path(DiffusionPipeline.download(name, trust_remote_code=False))
+        check_folder(place)
+        for index in (place / "model_index.json", *place.glob("*/model_index.json")):
+            check_index(read_json(index))
+        with no_code():
+            pipe = DiffusionPipeline.from_pretrained(place, torch_dtype=dtype, trust_remote_code=False).to(device)
     except Exception as error:  # what a broken or a foreign folder raises is not limited to a few kinds
         what = "the pipeline in" if folder.is_dir() else "no folder of that name is here, and from the hub"
         raise OSError(f"the model '{name}' cannot be loaded: {what} '{name}' gave {_first_line(error)}") from error
     return _of_pipeline(pipe, name)
+
+
+def check_index(index: Any) -> None:
+    """See that a pipeline's `model_index.json` names classes of diffusers, transformers and lossguide only.
+
+    Others would come out of code that lies beside it, which older diffusers run unasked.
+
+    Raises:
+        ValueError: it names others, or is no description of a pipeline.
+    """
+    from diffusers import pipelines
+
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError("its model_index.json does not name a class of diffusers, and code of its own is not run")
+    for part, value in index.items():
+        pair = isinstance(value, (list, tuple)) and len(value) == 2 and any(isinstance(one, str) for one in value)
+        if part.startswith("_") or not pair:
+            continue
+        library, kind = map(str, value)
+        known = library.partition(".")[0] in ("diffusers", "transformers", "lossguide") or hasattr(pipelines, library)
+        if not known or re.match(r"Auto[A-Z]", kind):  # such classes look for code in the folder
+            raise ValueError(f"its {part} is {library}.{kind}, which may be code of its own, and that is not run")
 
 
 def _load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> PixelModel:
@@ -276,7 +304,9 @@ def _load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> Pixel
             "unet/config.json and scheduler/scheduler_config.json"
         )
     try:
-        network = UNet2DModel.from_pretrained(unet, torch_dtype=dtype).to(device).eval()
+        check_folder(root)
+        with no_code():
+            network = UNet2DModel.from_pretrained(unet, torch_dtype=dtype).to(device).eval()
         config = DDIMScheduler.load_config(root / "scheduler")
         import diffusers
 

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,13 @@ from .manifest import cleared
 
 PARENT = "lossguide-out"
 _WRITTEN = re.compile(
-    r"(\d{5,}|sheet|record|degraded|original|mask)\.png|(record|settings)\.json|manifest\.jsonl|pictures"
+    r"(\d{5,}|sheet|record|degraded|original|mask)\.png|(record|settings)\.json|manifest\.jsonl|pictures|report\.txt"
 )
+
+
+def shown(text: Any) -> str:
+    """Text that may come from a file, for the terminal: without what it would follow instead of show."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def default_folder(*words: str) -> Path:
@@ -36,6 +41,20 @@ def default_folder(*words: str) -> Path:
 def holds_results(folder: Path) -> bool:
     """Whether a folder has files that are named as results are."""
     return folder.is_dir() and any(_WRITTEN.fullmatch(file.name) for file in folder.iterdir())
+
+
+def check_out(wanted: Path) -> None:
+    """See that there can be a folder for results.
+
+    Raises:
+        OSError: a file or a link to nothing lies there or on the way, or no folder can have that name.
+    """
+    if "\0" in str(wanted):
+        raise OSError("no folder's name holds a NUL; choose another --out")
+    for part in (wanted, *wanted.parents):
+        if os.path.lexists(part) and not part.is_dir():
+            what = "a link to nothing" if part.is_symlink() and not part.exists() else "a file"
+            raise NotADirectoryError(f"'{part}' should be a folder for results, and it is {what}; choose another --out")
 
 
 def free_folder(wanted: Path) -> Path:
@@ -62,6 +81,7 @@ def results_folder(wanted: Path, overwrite: bool = False) -> Iterator[Path]:
         OSError: it cannot be made or written to; with `overwrite`, another process is at work in it, or it holds files
             that no run wrote and this one would write over.
     """
+    check_out(wanted)
     if overwrite and wanted.is_dir():
         cleared(wanted)
     folder = wanted if overwrite else free_folder(wanted)
@@ -72,8 +92,9 @@ def results_folder(wanted: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing lies in it
 
 
 def save_pictures(folder: Path, images: torch.Tensor, seeds: Sequence[int]) -> None:

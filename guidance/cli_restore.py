@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..losses import measure, operators, read_image
+from ..losses.images import read_opacity
 from ..losses.operators import LinearOperator
 
 TASKS = ("inpaint", "super-resolution", "deblur")
@@ -66,12 +66,8 @@ def read_photo(path: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
     Raises:
         OSError, ValueError: as `lossguide.losses.read_image`.
     """
-    photo = read_image(path)
-    with Image.open(path) as image:
-        if not image.has_transparency_data:
-            return photo, None
-        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-    return photo, (torch.from_numpy(np.array(alpha)) >= 128).float()
+    photo, opacity = read_image(path), read_opacity(path)
+    return photo, None if opacity is None else (opacity >= 0.5).float()
 
 
 def fitted(image: torch.Tensor, size: tuple[int, int], what: str, resize: bool) -> torch.Tensor:

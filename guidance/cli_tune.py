@@ -14,6 +14,7 @@ from ..losses.loss import as_losses
 from . import cli_output as output
 from .cli_job import BAD, Job, Problem, told
 from .cli_model import check_model
+from .cli_options import IMAGES, STEPS
 from .cli_tokens import NAME as TOKENS
 from .tune import SEEDS, tune
 
@@ -33,8 +34,8 @@ _CLIP_PRETRAINED = "openai"
     "cross-entropy of its judging classifier to the PROMPT's class.",
 )
 @click.option("--recipe", default="auto", show_default=True, help="Method; `lossguide recipes` lists them.")
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Solver steps.")
-@click.option("--num-images", type=click.IntRange(1), default=len(SEEDS), show_default=True, help="Pictures per trial.")
+@click.option("--steps", type=STEPS, default=50, show_default=True, help="Solver steps.")
+@click.option("--num-images", type=IMAGES, default=len(SEEDS), show_default=True, help="Pictures per trial.")
 @click.option("--trials", type=click.IntRange(1), default=30, show_default=True, help="In all, earlier runs included.")
 @click.option(
     "--seed",
@@ -101,6 +102,7 @@ def tune_command(context: click.Context, prompt, losses, judge, trials, **run: A
 
     try:
         with told(*BAD, ImportError):
+            output.check_out(folder)
             tuned = tune(
                 draw,
                 loss,

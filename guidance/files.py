@@ -14,6 +14,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _PLAIN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a pipe is not waited for; files do not mind
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -65,11 +66,24 @@ def open_plain(path: Path, flags: int) -> int:
     Raises:
         OSError: it is not there, or it is a symbolic link or no file.
     """
-    handle = os.open(path, flags | _PLAIN, 0o666)
+    handle = os.open(path, flags | _PLAIN | _AT_ONCE, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode) or path.is_symlink():  # the latter where O_NOFOLLOW is not known
         os.close(handle)
         raise OSError(errno.EINVAL, "Not a file", str(path))
     return handle
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """All of such a file.
+
+    Raises:
+        OSError: as `open_plain`; or it is larger than `limit` bytes, so that it is none of one's own.
+    """
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"Larger than the {limit} bytes that it can have", str(path))
+    return content
 
 
 def real_folder(folder: Path, make: bool = False) -> bool:
@@ -99,7 +113,7 @@ class Locks:
         path: the file; it stays empty.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or it is a file of others, which is not empty.
     """
 
     several = fcntl is not None
@@ -108,6 +122,9 @@ class Locks:
     def __init__(self, path: Path):
         self.path = path
         self._file = open_plain(path, os.O_RDWR | os.O_CREAT)
+        if os.fstat(self._file).st_size:  # it would be taken away in the end
+            os.close(self._file)
+            raise FileExistsError(errno.EEXIST, "Not a file of locks, which is empty", str(path))
 
     @property
     def current(self) -> bool:

@@ -21,13 +21,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .files import Locks, open_plain, real_folder, sync_folder, write_all, write_whole
+from ..losses.reading import LARGEST_JSON, parse_json
+from .files import Locks, open_plain, read_plain, real_folder, sync_folder, write_all, write_whole
 
 SETTINGS, MANIFEST, PICTURES, CLAIMS = "settings.json", "manifest.jsonl", "pictures", ".claims"
 _FIXED = ("sheet.png", "record.png", "record.json", SETTINGS, MANIFEST)  # beside the pictures
 PER_FOLDER = 1000
+_LARGEST = 1 << 30  # bytes of a picture's file; it has no more
+_LINE = 4096  # bytes that a picture's lines take in a manifest, at most, also where some are doubled
 _DOOR, _USE, _LIST, _FINISH, _FIRST = 0, 1, 2, 3, 8  # places of the locks: the last is the first batch's
 _HEX = re.compile(r"[0-9a-f]{64}")
+_PICTURE = re.compile(r"\d{5,}\.png|\.\d{5,}\.png\.partial", re.ASCII)
 
 Drawn = Sequence[tuple[bytes, float]]
 
@@ -183,7 +187,7 @@ class Manifest:
     def _entry(self, line: bytes) -> dict[str, Any] | None:
         """What a line lists, where it is one that this plan can have: no other file than the picture's own."""
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             index = found["index"]
             if type(index) is not int or not 0 <= index < self.count:
                 return None
@@ -202,16 +206,20 @@ class Manifest:
         try:
             if not real_folder(path.parent):
                 return None
+            digest = hashlib.sha256()
             with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
-                return hashlib.sha256(file.read()).hexdigest()
+                if os.fstat(file.fileno()).st_size > _LARGEST:
+                    return None
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            return digest.hexdigest()
         except NotADirectoryError:
             raise
         except OSError:
             return None
 
     def _bytes(self) -> bytes:
-        with os.fdopen(open_plain(self.path, os.O_RDONLY), "rb") as file:
-            return file.read()
+        return read_plain(self.path, LARGEST_JSON + _LINE * self.count)
 
     def _write(self, lines: list[str], before: bytes) -> None:
         """Make the manifest of these lines, where it is another."""
@@ -341,7 +349,7 @@ def clear(folder: Path, strict: bool = False) -> None:
         name = re.sub(r"^\.(.+)\.partial$", r"\1", path.name)
         fixed = name in _FIXED and path.parent == folder
         seeds = beside if path.parent == folder else numbered
-        if seeds is not None and (fixed or int(name.removesuffix(".png")) in seeds):
+        if seeds is not None and (fixed or _drawn(name, None if path.parent == folder else path.parent.name, seeds)):
             own.append(path)
         elif name == path.name:
             foreign.append(path)
@@ -363,12 +371,18 @@ def _named(folder: Path) -> Iterator[Path]:
     """Files that are named as those of a run are."""
     for path in folder.iterdir():
         name = re.sub(r"^\.(.+)\.partial$", r"\1", path.name)
-        if name in _FIXED or re.fullmatch(r"\d{5,}\.png", name):
+        if name in _FIXED or re.fullmatch(r"\d{5,}\.png", name, re.ASCII):
             yield path
     if real_folder(folder / PICTURES):
         for part in (folder / PICTURES).iterdir():
-            if re.fullmatch(r"\d{4,}", part.name) and real_folder(part):
-                yield from (p for p in part.iterdir() if re.fullmatch(r"\d{5,}\.png|\.\d{5,}\.png\.partial", p.name))
+            if re.fullmatch(r"\d{4,}", part.name, re.ASCII) and real_folder(part):
+                yield from (p for p in part.iterdir() if _PICTURE.fullmatch(p.name))
+
+
+def _drawn(name: str, part: str | None, seeds: Collection[int]) -> bool:
+    """Whether a run of these seeds names a picture so, and puts it into this numbered folder where it is in one."""
+    seed = int(name.removesuffix(".png"))
+    return name == f"{seed:05d}.png" and part in (None, f"{seed // PER_FOLDER:04d}") and seed in seeds
 
 
 def _written(folder: Path) -> tuple[Collection[int] | None, Collection[int] | None]:
@@ -392,7 +406,7 @@ def _json(path: Path) -> dict[str, Any]:
     """What a file says, or a manifest's first line; nothing where it is not there, or says something else."""
     try:
         with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
-            found = json.loads(file.readline() if path.name == MANIFEST else file.read())
-    except (OSError, ValueError, RecursionError):
+            found = parse_json(file.readline(LARGEST_JSON) if path.name == MANIFEST else file.read(LARGEST_JSON))
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

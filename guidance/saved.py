@@ -29,6 +29,7 @@ from ..losses import operators
 from ..losses.images import Pixels
 from ..losses.loss import Losses, Term, as_losses
 from ..losses.network import describe_network
+from ..losses.reading import first_line, read_json, read_tensors
 from ..samplers.time_travel import TimeTravel
 from . import steps
 from .augment import Augment
@@ -112,7 +113,7 @@ def _plain(value: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
         raise _Own(place, value)
     fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else None
     arguments = value.arguments if fields is None else {field.name: getattr(value, field.name) for field in fields}
-    _check(kind, arguments, place)
+    check_types(kind, arguments, place)
     return {"type": _type(kind)} | {name: _plain(one, tensors, (*place, name)) for name, one in arguments.items()}
 
 
@@ -158,17 +159,15 @@ def _downloaded(name: str, hub: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[SETTINGS, TENSORS], **hub))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"there is no folder '{name}', and the Hub does not give a guidance of it: {reason}") from error
+        raise OSError(
+            f"there is no folder '{name}', and the Hub does not give a guidance of it: {first_line(error)}"
+        ) from error
 
 
 def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no {path.name} in '{path.parent}'; Guidance.save_pretrained writes it")
-    try:
-        file = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is not JSON: {error}") from error
+    file = read_json(path)
     number = file.get("format") if isinstance(file, dict) else None
     if isinstance(number, int) and number > FORMAT:
         raise ValueError(
@@ -181,13 +180,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        return {}
-    try:
-        tensors = safetensors.torch.load(path.read_bytes())
-    except Exception as error:
-        raise ValueError(f"'{path}' is not a safetensors file: {error}") from error
-    return {key: value.clone() for key, value in tensors.items()}
+    return read_tensors(path) if path.is_file() else {}
 
 
 def _made(data: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
@@ -216,7 +209,7 @@ def _made(data: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
     if missing:
         raise ValueError(f"{here}: a {kind.__name__} needs {', '.join(missing)}")
     arguments = {name: _made(one, tensors, (*place, name)) for name, one in data.items() if name != "type"}
-    _check(kind, arguments, place)
+    check_types(kind, arguments, place)
     rows = [arguments.pop(name) for name, one in known.items() if one.kind is one.VAR_POSITIONAL]
     try:
         return kind(*itertools.chain(*rows), **arguments)
@@ -226,8 +219,8 @@ def _made(data: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
         raise ValueError(f"{here}: {error}") from error
 
 
-def _check(kind: type, arguments: dict[str, Any], place: tuple) -> None:
-    """Arguments are what the constructor's annotations say."""
+def check_types(kind: type, arguments: dict[str, Any], place: tuple = ()) -> None:
+    """Raises ValueError where arguments are not what the constructor's annotations say; `place` is theirs in a file."""
     hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
     known = inspect.signature(kind).parameters
     for name, value in arguments.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -23,7 +24,9 @@ from ..samplers import Denoiser, TimeTravel, sample
 from ..samplers.plain import plain
 from . import recipes
 from .augment import Augment
+from .files import write_whole
 from .guidance import Guidance
+from .saved import check_types
 from .tune_plot import plot_history
 
 SEEDS = range(50_000, 50_008)
@@ -31,6 +34,8 @@ _JOURNAL, _TRIALS, _BEST, _HISTORY = "journal.log", "trials.json", "best.json", 
 _AT_ONCE = 64  # pictures drawn or judged at once
 # what a setting within a part changes where the recipe has no such part; either does nothing as it stands
 _ABSENT = {"time_travel": TimeTravel(1, 0.25, 0.75), "augment": Augment.geometric(1)}
+
+_SETTINGS = [name for name in Guidance.__dataclass_fields__ if name != "loss"]
 
 Draw = Callable[[Guidance, list[int], int], torch.Tensor]
 
@@ -126,13 +131,17 @@ def with_settings(guidance: Guidance, settings: Mapping[str, Any]) -> Guidance:
     for name, value in settings.items():
         _own_value(guidance, name)  # says what is wrong with the name
         part, _, field = name.partition(".")
+        if field and part in settings:
+            raise ValueError(f"the settings name '{part}' and '{name}', which is a part of it: leave out either")
         if field:
             changes.setdefault(part, {})[field] = value
         else:
             changes[part] = value
+            check_types(Guidance, {name: value})
     for part in {name.partition(".")[0] for name in settings if "." in name}:
         fields = changes[part]
         held = getattr(guidance, part) or _ABSENT[part]
+        check_types(type(held), fields, (part,))
         window = [fields.get(end, getattr(held, end, None)) for end in ("start", "stop")]
         empty = part == "time_travel" and window[0] >= window[1]
         absent = empty or (part == "augment" and fields.get("copies") == 0)
@@ -314,7 +323,9 @@ class _Search:
             return
         self._write_trials()
         logarithmic = [name for name, distribution in self.space.items() if getattr(distribution, "log", False)]
-        plot_history(self.trials(), self.folder / _HISTORY, logarithmic)
+        plot = io.BytesIO()
+        plot_history(self.trials(), plot, logarithmic)
+        write_whole(self.folder / _HISTORY, plot.getvalue())
 
     def _write_trials(self) -> None:
         trials = [dataclasses.asdict(trial) for trial in self.trials()]
@@ -346,17 +357,29 @@ def _study(optuna, folder: Path | None, setup: dict[str, Any], start: dict[str, 
     Raises:
         ValueError: it is that of another setup.
     """
-    storage = None
+    storage, journal = None, None
     if folder is not None:
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         folder.mkdir(parents=True, exist_ok=True)
         journal = folder / _JOURNAL
+        _refuse_others(folder)
         _mend(journal)
-        backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
-        storage = optuna.storages.JournalStorage(backend)
-    study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
+    try:
+        if journal is not None:
+            backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
+            storage = optuna.storages.JournalStorage(backend)
+        study = optuna.create_study(storage=storage, study_name="tune", load_if_exists=True)
+        for one in study.get_trials(deepcopy=False):
+            if one.state.is_finished():
+                Trial(one.number, {}, one.value, **study.user_attrs[f"trial {one.number}"])
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what a damaged journal raises is not limited to a few kinds
+        raise ValueError(f"the journal '{journal}' is damaged ({error!r}); choose another folder") from error
     before = study.user_attrs.get("setup", setup)
+    if not isinstance(before, dict):
+        raise ValueError(f"the journal '{journal}' is damaged: it does not tell of a setup; choose another folder")
     changed = sorted(key for key in {*before, *setup} if before.get(key) != setup.get(key))
     if changed:
         raise ValueError(
@@ -367,6 +390,16 @@ def _study(optuna, folder: Path | None, setup: dict[str, Any], start: dict[str, 
     if not study.trials:
         study.enqueue_trial(start)
     return study
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises ValueError where a file that a search writes is not one of a search, or is a link that leads elsewhere."""
+    searched = (folder / _JOURNAL).exists()
+    for path in (folder / name for name in (_JOURNAL, _TRIALS, _BEST, _HISTORY)):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(f"'{path}' is a link or no file, and a search writes its own there; choose another folder")
+        if path.exists() and not searched:
+            raise ValueError(f"'{path}' is not of a search, as there is no {_JOURNAL} beside; choose another folder")
 
 
 def _mend(journal: Path) -> None:
@@ -382,15 +415,15 @@ def _own_value(guidance: Guidance, name: str) -> Any:
     Raises:
         ValueError: there is no such setting.
     """
-    part, _, field = name.partition(".")
+    part, dot, field = name.partition(".")
     known = part in Guidance.__dataclass_fields__
     held = getattr(guidance, part) if known else None
     if name == "augment.copies" and held is None:
         return 0
     within = _ABSENT.get(part) if held is None else held
-    if not known or (field and not hasattr(within, field)):
+    if not known or part == "loss" or (dot and field not in getattr(within, "__dataclass_fields__", ())):
         raise ValueError(
-            f"there is no setting '{name}' of '{guidance.name}'; there are {', '.join(Guidance.__dataclass_fields__)}, "
+            f"there is no setting '{name}' of '{guidance.name}'; there are {', '.join(_SETTINGS)}, "
             "and after a dot the fields of its parts, such as time_travel.repeats"
         )
     return getattr(within, field) if field else held
@@ -502,4 +535,4 @@ def _model(model: Any) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(plain(data), indent=1) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(plain(data), indent=1) + "\n").encode())

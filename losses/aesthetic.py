@@ -97,8 +97,11 @@ def _linear_layers(
 ) -> nn.Sequential:
     shapes = [tuple(weight.shape) for weight, _ in pairs]
     fits = all(len(shape) == 2 for shape in shapes) and shapes[-1][0] == 1
+    fits = fits and all(bias.shape == weight.shape[:1] for weight, bias in pairs)
     if not fits or any(a[0] != b[1] for a, b in zip(shapes, shapes[1:])):
         raise _no_head(path, f"shapes are {shapes}")
+    if not all(one.is_floating_point() and one.isfinite().all() for pair in pairs for one in pair):
+        raise _no_head(path, "its values are not finite floats")
     layers: list[nn.Module] = []
     for place, (weight, bias) in enumerate(pairs):
         layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])

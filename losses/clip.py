@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from .images import Picture, digest, keep, read_image, read_images
 from .loss import Loss
 from .network import FrozenNetwork, constant, moved, per_image
+from .reading import check_folder, no_code
 
 DEFAULT_MODEL, DEFAULT_PRETRAINED = "ViT-B-32", "openai"
 _WITH_WEIGHTS = ("local-dir:", "hf-hub:")  # where open_clip finds the weights by itself
@@ -109,9 +110,12 @@ def _load_clip(model: str, pretrained: str | None) -> Clip:
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip logs at length what the error below says once
     try:
-        network = open_clip.create_model(
-            model, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
-        )
+        if model.startswith("local-dir:"):
+            check_folder(model.removeprefix("local-dir:"))
+        with no_code():
+            network = open_clip.create_model(
+                model, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
+            )
         text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
         # a model's folder or repository may ask for code of its own to be run
         safe = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .reading import first_line, open_file
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What pictures may be: what Pillow decodes by itself. Of others it would start programs, such as Ghostscript."""
+LARGEST = 8192 * 8192
+"""Pixels of a picture, at most: a small file can claim, and fill, any number of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +57,18 @@ def keep(picture: Picture | Sequence[Picture]) -> Any:
 def read_image(picture: Picture) -> torch.Tensor:
     """A picture as `(3, H, W)`, float32 in [0, 1].
 
-    Any mode that Pillow reads becomes RGB: rotated as its EXIF data says, 16 bits scaled, transparency over white.
+    Any mode that Pillow reads becomes RGB: rotated as its EXIF data says, 16 bits scaled, transparency over white. Of
+    an animation or of several pages the first counts.
 
     Args:
-        picture: a path, a Pillow image, or a tensor `(3, H, W)` or `(1, H, W)` in [0, 1], which is passed on.
+        picture: the path of a file in one of `FORMATS`, whatever its name ends in; a Pillow image; or a tensor
+            `(3, H, W)` or `(1, H, W)` in [0, 1], which is passed on.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a picture that Pillow can read, or the tensor has another shape.
+        ValueError: the file is not a picture that can be read, it is damaged, has no pixels or more than `LARGEST`, or
+            values that are not finite; or the tensor has another shape.
+        OSError: the file cannot be opened.
     """
     if isinstance(picture, Pixels):
         picture = picture.values.float() / 255 if picture.values.dtype == torch.uint8 else picture.values
@@ -66,20 +79,59 @@ def read_image(picture: Picture) -> torch.Tensor:
             raise ValueError(
                 f"a picture is a float tensor (3, H, W) in [0, 1], got {picture.dtype} {tuple(picture.shape)}"
             )
+        if not picture.numel():
+            raise ValueError(f"a picture has at least one pixel, got {tuple(picture.shape)}")
         return picture.detach().expand(3, -1, -1)
-    if isinstance(picture, Image.Image):
-        return _to_tensor(picture)
-    path = Path(picture)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no picture '{path}'")
+    with _loaded(picture) as image:
+        return _to_tensor(image)
+
+
+def read_opacity(picture: str | os.PathLike[str] | Image.Image) -> torch.Tensor | None:
+    """How opaque each pixel of a picture is, `(H, W)`, float32 in [0, 1]; None where nothing says so. Errors as
+    `read_image`."""
+    with _loaded(picture) as image:
+        if not image.has_transparency_data:
+            return None
+        return torch.from_numpy(np.array(image.convert("RGBA").getchannel("A"))).float() / 255
+
+
+@contextmanager
+def _loaded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Image.Image]:
+    """The first frame of a picture, decoded and turned as its EXIF data says. What its decoder raises becomes a
+    ValueError; what comes from a file is not limited to a few kinds."""
+    name, file = "the picture", None
+    if not isinstance(picture, Image.Image):
+        name, file = f"the picture '{os.fspath(picture)}'", open_file(picture, "picture")
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about EXIF data and the like; of the size there is a word below
+            image = picture if file is None else _identified(file)
+            if not min(image.size):
+                raise ValueError("it has no pixels")
+            if image.width * image.height > LARGEST:
+                raise Image.DecompressionBombError
             image.load()
-            return _to_tensor(image)
+            yield ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise ValueError(f"'{path}' is not a picture that Pillow can read") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture '{path}' cannot be read: {error}") from error
+        raise ValueError(
+            f"{name.removeprefix('the picture ')} is not a picture that can be read: it is damaged, or in none of the "
+            f"formats {', '.join(FORMATS)}"
+        ) from None
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"{name} has more than {LARGEST} pixels, those of a square of {math.isqrt(LARGEST)}, and no more are read: "
+            "make it smaller"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    Image.init()  # some formats only come with newer versions of Pillow
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def read_images(pictures: Picture | Sequence[Picture]) -> list[torch.Tensor]:
@@ -91,9 +143,12 @@ def read_images(pictures: Picture | Sequence[Picture]) -> list[torch.Tensor]:
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, or floats
         values = np.asarray(image).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
+        if image.mode != "F" and not 0 <= values.min() <= values.max() <= 65535:
+            raise ValueError(f"its grey values, {values.min():g} to {values.max():g}, are not those of 16 bits")
         grey = torch.from_numpy(values / (1 if image.mode == "F" else 65535)).clamp(0, 1)
         return grey.expand(3, -1, -1)
     if image.has_transparency_data:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .reading import first_line, no_code, open_file
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_LARGEST_SIDE = 8192  # of a network's input: what a file asks for must fit into the memory
 
 
 def resize(image: torch.Tensor, size: int | tuple[int, int] | None) -> torch.Tensor:
@@ -41,6 +48,10 @@ class FrozenNetwork:
         network: `torch.nn.Module`, or any callable, of images `(B, 3, h, w)`.
         size: the network's input size, one number or (height, width); None takes images as they are.
         mean, std: per channel, for images in [0, 1]; None leaves that part out.
+
+    Raises:
+        TypeError: the network cannot be called.
+        ValueError: size, mean or std are no such numbers.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class FrozenNetwork:
         self.size = size if size is None or isinstance(size, int) else tuple(size)
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
+        _check_preprocessing(self.size, self.mean, self.std)
         self._copy: tuple[torch.device, torch.dtype, torch.nn.Module] | None = None
 
     def on(self, image: torch.Tensor) -> Callable[[torch.Tensor], Any]:
@@ -85,6 +97,19 @@ class FrozenNetwork:
 
     def __call__(self, image: torch.Tensor) -> Any:
         return self.on(image)(self.prepare(image))
+
+
+def _check_preprocessing(size: Any, mean: Any, std: Any) -> None:
+    sides = () if size is None else (size,) if isinstance(size, int) else size
+    if not all(isinstance(side, Integral) and 0 < side <= _LARGEST_SIDE for side in sides) or len(sides) > 2:
+        raise ValueError(f"a network's size is one number or (height, width), from 1 to {_LARGEST_SIDE}, got {size!r}")
+    for name, values in (("mean", mean), ("std", std)):
+        try:
+            right = values is None or all(math.isfinite(value) and (name == "mean" or value > 0) for value in values)
+        except (TypeError, ValueError, OverflowError):
+            right = False
+        if not right or (values is not None and len(values) not in (1, 3)):
+            raise ValueError(f"a network's {name} is a finite number per channel (std above 0), got {values!r}")
 
 
 def describe_network(network: Any) -> str:
@@ -123,20 +148,31 @@ def read_weights(path: str | os.PathLike[str], what: str) -> dict[str, torch.Ten
         ValueError: it is no such file.
     """
     path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file of {what} '{path}'")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
+    with open_file(path, f"file of {what}") as file:
+        try:
+            if path.endswith(".safetensors"):
+                from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise TypeError("it is not a dict of tensors")
-        return state
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"'{path}' does not hold the state dict of {what} ({reason})") from error
+                return load_file(path)
+            if zipfile.is_zipfile(file) and any(part.compress_type for part in zipfile.ZipFile(file).infolist()):
+                raise ValueError("its parts are compressed, as torch.save never leaves them")  # they may be of any size
+            file.seek(0)
+            with no_code(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about old files, which are read all the same
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not all(map(_whole, state, state.values())):
+                raise TypeError("it is not a dict of tensors")
+            return state
+        except Exception as error:
+            raise ValueError(f"'{path}' does not hold the state dict of {what} ({first_line(error)})") from error
+
+
+def _whole(name: Any, value: Any) -> bool:
+    """Whether it is a named tensor with all its values: one that repeats a few can claim to be of any size."""
+    plain = isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+    if not plain or value.is_meta or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def per_image(targets: torch.Tensor, images: int, what: str) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from .network import FrozenNetwork
+from .reading import check_folder, first_line, no_code, read_json
 
 
 def opened(
@@ -34,6 +34,7 @@ def opened(
         FileNotFoundError: there is no such folder with a config.json.
         ImportError: a folder, and transformers is not installed.
         OSError: the folder's model cannot be loaded.
+        ValueError: its preprocessing cannot be read, or wants blue before red.
     """
     if not isinstance(network, (str, os.PathLike)):
         return FrozenNetwork(network, size=size, mean=mean, std=std)
@@ -50,22 +51,28 @@ def opened(
             f"the network in '{folder}' needs transformers, which is not installed: pip install transformers"
         ) from error
     try:
-        model = getattr(transformers, auto).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        check_folder(folder)
+        with no_code():
+            model = getattr(transformers, auto).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"the network in '{folder}' could not be loaded by {auto}: {reason}") from error
+        raise OSError(f"the network in '{folder}' could not be loaded by {auto}: {first_line(error)}") from error
     own = _preprocessing(folder / "preprocessor_config.json", transformers)
     given = {"size": size, "mean": mean, "std": std}
-    return FrozenNetwork(model, **{key: own.get(key) if value is None else value for key, value in given.items()})
+    try:
+        return FrozenNetwork(model, **{key: own.get(key) if value is None else value for key, value in given.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the preprocessing of the network in '{folder}' cannot be followed: {error}") from error
 
 
 def _preprocessing(path: Path, transformers: Any) -> dict[str, Any]:
     """Size, mean and standard deviation, as the folder's own image processor has them."""
     if not path.is_file():
         return {}
-    config, own = json.loads(path.read_text(encoding="utf-8")), {}
+    config, own = read_json(path), {}
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' does not describe an image processor: it holds a {type(config).__name__}")
     try:  # what the file leaves out is as the processor's class has it
         processor = transformers.AutoImageProcessor.from_pretrained(
             path.parent, local_files_only=True, trust_remote_code=False
@@ -84,11 +91,11 @@ def _preprocessing(path: Path, transformers: Any) -> dict[str, Any]:
             "lambda image: network(image.flip(1))"
         )
     if does["do_normalize"] and "image_mean" in config:
-        own |= {"mean": config["image_mean"], "std": config["image_std"]}
+        own |= {"mean": config["image_mean"], "std": config.get("image_std")}
     size = config.get("size")
     if does["do_resize"] and size:
         if isinstance(size, dict):
-            size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+            size = (size["height"], size.get("width")) if "height" in size else size.get("shortest_edge")
         own["size"] = size
     return own
 

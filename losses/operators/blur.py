@@ -13,6 +13,7 @@ from .operator import LinearOperator
 
 METHODS = ("average", "bicubic")
 PADDINGS = {"reflect": "reflect", "zeros": "constant", "circular": "circular"}
+LONGEST = 4096  # pixels of a blur: kernels are as large as a saved description asks, and must fit into the memory
 
 
 class SuperResolution(LinearOperator):
@@ -65,13 +66,13 @@ class GaussianBlur(LinearOperator):
     """Convolution with a sampled, normalised Gaussian, per channel, edges reflected.
 
     Args:
-        kernel_size: side of the kernel in pixels, odd; images must be larger than half of it.
+        kernel_size: side of the kernel in pixels, odd, at most `LONGEST`; images must be larger than half of it.
         sigma: standard deviation in pixels.
     """
 
     def __init__(self, kernel_size: int, sigma: float):
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is an odd number of pixels, got {kernel_size!r}")
+        if not isinstance(kernel_size, int) or not 1 <= kernel_size <= LONGEST or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is an odd number of pixels, at most {LONGEST}, got {kernel_size!r}")
         if not sigma > 0:
             raise ValueError(f"sigma is positive, got {sigma!r}")
         self.kernel_size, self.sigma = kernel_size, float(sigma)
@@ -154,14 +155,14 @@ class MotionBlur(Kernel):
     padding)`.
 
     Args:
-        length: of the line in pixels, at least 1; pictures must be larger than half of it.
+        length: of the line in pixels, at least 1 and at most `LONGEST`; pictures must be larger than half of it.
         angle: of the line in degrees, counter-clockwise from the horizontal.
     """
 
     def __init__(self, length: float, angle: float = 0.0):
-        if not 1 <= length < float("inf") or not math.isfinite(angle):
+        if not 1 <= length <= LONGEST or not math.isfinite(angle):
             raise ValueError(
-                f"length is a number of pixels, at least 1, and angle one of degrees, got {length}, {angle}"
+                f"length is a number of pixels from 1 to {LONGEST}, and angle one of degrees, got {length}, {angle}"
             )
         super().__init__(_line(float(length), float(angle)))
         self.length, self.angle = float(length), float(angle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ..images import Picture, read_image, read_images
 from ..loss import Loss
 from ..measurement import Measurement
 from ..operators import Chain, Filter, Inpaint, Operator, SuperResolution
+from ..reading import first_line, read_json, read_tensors
 from .choice import MODES, Found, Score, choose
 from .features import Analogy, Direction, Encoder
 from .mask import Holes
@@ -203,23 +205,48 @@ class PairTask:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"there is no {name} in '{folder}'; PairTask.save writes it")
         try:
-            data = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            tensors = {k: v.clone() for k, v in safetensors.torch.load((folder / TENSORS).read_bytes()).items()}
+            data, tensors = read_json(folder / SETTINGS), read_tensors(folder / TENSORS)
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']}, and this version reads {FORMAT}")
+            _check(data, tensors)
             operator, holes = _opened(data["operator"], tensors)
-            fields = {name: data[name] for name in ("mode", "way", "family", "sigma", "ratio")}
+            fields = {name: data[name] for name in _FIELDS}
             found = Found(**fields, operator=operator, holes=holes, notes=tuple(data["notes"]), tensors=tensors)
             scores = tuple(Score(**score) for score in data["scores"])
-            task = cls(found, scores, int(data["pairs"]), bool(data["inverse"]))
+            task = cls(found, scores, data["pairs"], data["inverse"])
+            task.report()
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"'{folder}' does not hold what PairTask.save writes: {reason}") from error
+            raise ValueError(f"'{folder}' does not hold what PairTask.save writes: {first_line(error)}") from error
         if encoder is None or found.mode == "operator":
             return task
         eyes = Encoder(encoder, size, mean, std)
         found.check(eyes)
         return cls(found, scores, task.pairs, task.inverse, eyes)
+
+
+_FIELDS = ("mode", "way", "family", "sigma", "ratio")
+_WAYS = {"operator": ("restore", "apply"), "direction": ("change",), "analogy": ("change",)}
+_NEEDED = {"direction": ("direction", "radius"), "analogy": ("before", "after"), "operator": ()}
+
+
+def _check(data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError, TypeError or KeyError where a file's values are not of the kind that `save` writes."""
+    mode, sigma, ratio = data["mode"], data["sigma"], data["ratio"]
+    if mode not in MODES or data["way"] not in _WAYS[mode] or (mode == "operator") != isinstance(sigma, (int, float)):
+        raise ValueError(f"the mode {mode!r}, the way {data['way']!r} and the noise {sigma!r} do not go together")
+    if not 0 < ratio <= 64 or (sigma is not None and not 0 <= sigma < math.inf):
+        raise ValueError(f"the ratio {ratio!r} and the noise {sigma!r} are not positive numbers")
+    texts = [data["family"], *data["notes"], *(score[key] for score in data["scores"] for key in ("name", "told"))]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is not one")
+    if type(data["pairs"]) is not int or data["pairs"] < 1 or type(data["inverse"]) is not bool:
+        raise ValueError(f"it tells of {data['pairs']!r} pairs, inverse {data['inverse']!r}")
+    missing = [name for name in _NEEDED[mode] if name not in tensors]
+    if missing:
+        raise ValueError(f"{TENSORS} lacks {', '.join(missing)}")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"the tensor {name} holds values that are not finite")
 
 
 def _read(pairs: Sequence[tuple[Picture, Picture]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -265,11 +292,16 @@ def _opened(data: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> tu
     if data is None:
         return None, None
     if data["kind"] == "holes":
-        holes, shown = tensors.pop("holes", None), tensors.pop("shown", None)
+        holes, shown, fill = tensors.pop("holes", None), tensors.pop("shown", None), tensors.pop("fill")
+        maps = [one for one in (holes, shown) if one is not None]
+        if fill.shape != (3,) or any(one.ndim != 2 or one.dtype != torch.bool for one in maps) or len(maps) == 1:
+            raise ValueError("the holes are no maps (H, W) with a colour (3,)")
         operator = None if holes is None else Inpaint(~holes)
-        return operator, Holes(None, tensors.pop("fill"), holes, shown, 0.0, 0.0)
+        return operator, Holes(None, fill, holes, shown, 0.0, 0.0)
     if data["kind"] == "SuperResolution":
         operator: Operator = SuperResolution(data["factor"], data["method"])
+    elif data["kind"] != "Filter":
+        raise ValueError(f"there is no operator {data['kind']!r}")
     else:
         offset = tensors.pop("offset", None)
         operator = Filter(tensors.pop("kernel"), data["stride"], data["padding"], offset)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..network import moved
+from ..reading import read_json, read_tensors
 from .features import PatchFeatures, directions
 
 CODES, SETTINGS = "codebook.safetensors", "codebook.json"
@@ -160,17 +161,20 @@ class Codebook:
             FileNotFoundError: there is no codebook in the folder.
             ValueError: it is none, or of another encoder.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         for file in (SETTINGS, CODES):
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"there is no codebook in '{folder}': {file} is missing")
         try:
-            told, tensors = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), load_file(folder / CODES)
+            told, tensors = read_json(folder / SETTINGS), read_tensors(folder / CODES)
             fitted, codes, by_name = dict(told["encoder"]), tensors["codes"], told["by_name"]
             if told["format"] != FORMAT or codes.ndim != 2:
                 raise ValueError(f"format {told['format']}")
+            missing = [key for key in ("encoder", *_NOT_SAME) if key not in fitted]
+            if missing or "codes" not in told:
+                raise ValueError(f"{SETTINGS} lacks {', '.join(missing) or 'codes'}")
+            if not (by_name is None or isinstance(by_name["encoder"], str)):
+                raise ValueError(f"an encoder's name is a text, got {by_name['encoder']!r}")
         except Exception as error:
             raise ValueError(f"'{folder}' holds no codebook that can be read: {error!r}") from error
         if encoder is None:
@@ -179,7 +183,10 @@ class Codebook:
                     f"the codebook in '{folder}' is of an encoder that was given by no name ({fitted['encoder']}): "
                     "pass encoder="
                 )
-            encoder = PatchFeatures(**by_name)
+            try:
+                encoder = PatchFeatures(**by_name)
+            except (TypeError, AttributeError) as error:  # arguments that it does not have
+                raise ValueError(f"'{folder}' holds no codebook that can be read: {error}") from error
         own = encoder.settings | {"digest": encoder.digest}
         for key in ("encoder", *_NOT_SAME) if encoder.digest is None else _NOT_SAME:  # a callable has but its name
             got, wanted = (list(v) if isinstance(v, (list, tuple)) else v for v in (own[key], fitted[key]))
