@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -32,7 +33,11 @@ class _Main(click.Group):
     """A group that tells every problem in one sentence, and ends with status 130 after Ctrl-C."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        if any("\0" in word for word in args):  # a shell cannot give one, another program in Python can
+        try:  # a shell cannot give such words, another program in Python can
+            nul = any(b"\0" in os.fsencode(word) for word in args)
+        except UnicodeEncodeError:
+            raise click.UsageError("an argument holds half a character, which no text or file name here has") from None
+        if nul:
             raise click.UsageError("an argument holds a NUL character, which no text or file name here has")
         return super().parse_args(context, args)
 

@@ -7,13 +7,16 @@ import re
 import click
 
 from ..losses import check, registry
-from .cli_job import BAD, Problem, told
+from .cli_job import BAD, Problem, lacks_memory, told
 from .cli_model import find_device
 
 
 def _shape(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", value):
-        raise Problem(f"--shape is that of one picture, such as 3x64x64 (colours, height, width), got '{value}'")
+    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", value, re.ASCII):
+        raise Problem(
+            "--shape is that of one picture, such as 3x64x64 (colours, height, width), each below a million, got "
+            f"'{value}'"
+        )
     return tuple(int(side) for side in value.split("x"))
 
 
@@ -43,7 +46,13 @@ def check_command(context: click.Context, losses, shape, clip_model, clip_pretra
     with told(*BAD, TypeError):
         loss = registry.parse(losses, clip_model=clip_model, clip_pretrained=clip_pretrained)
         where = find_device(device)
-    report = check(loss, shape, device=where)
+    try:
+        report = check(loss, shape, device=where)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        sides = " x ".join(map(str, shape))
+        raise Problem(f"the memory of {where} does not hold pictures of {sides}; try a smaller --shape") from error
     click.echo(report)
     problems, warnings = len(report.problems), len(report.warnings)
     click.echo(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}")

@@ -12,6 +12,8 @@ from .cli_job import told
 from .cli_model import SCHEDULERS, known_scheduler
 from .cli_output import PARENT
 
+STEPS, IMAGES = click.IntRange(1, 10_000), click.IntRange(1, 10_000_000)
+"""More are a slip of the finger: lists of so many seeds or noise levels would fill the memory before any work."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,14 +35,14 @@ def shared(num_images: int) -> Callable[[Callable], Callable]:
         option("--model", default="demo", **shown, help="demo, demo-tokens, a folder of diffusers, or a hub id."),
         option("--recipe", default="auto", callback=_recipe, **shown, help="Method; `lossguide recipes` lists them."),
         option("--strength", type=click.FloatRange(0), default=1.0, **shown, help="Factor of every step."),
-        option("--steps", type=click.IntRange(1), default=50, **shown, help="Solver steps; by demo-tokens 8."),
+        option("--steps", type=STEPS, default=50, **shown, help="Solver steps; by demo-tokens 8."),
         option(
             "--scheduler",
             callback=_scheduler,
             help=f"{', '.join(SCHEDULERS)}; default: ddim for the demo, else the model's own.",
         ),
-        option("--num-images", type=click.IntRange(1), default=num_images, **shown, help="How many pictures."),
-        option("--batch-size", type=click.IntRange(1), help="Pictures at once; default: up to 64, by text models 1."),
+        option("--num-images", type=IMAGES, default=num_images, **shown, help="How many pictures."),
+        option("--batch-size", type=IMAGES, help="Pictures at once; default: up to 64, by text models 1."),
         option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, **shown, help="First picture's; then 1 more."),
         option("--device", default="auto", **shown, help="cpu, cuda, cuda:1 ...; auto: CUDA where there is one."),
         option("--dtype", type=click.Choice(DTYPES), default="float32", **shown, help="Precision of the model."),

@@ -24,7 +24,7 @@ def rerank_options(command: Callable) -> Callable:
     kinds = click.Choice(["likelihood"])
     help = "Draw several candidates per picture and keep the likeliest of the better half by the guide's loss."
     command = click.option(
-        "--rerank-from", type=click.IntRange(3), help=f"--rerank: candidates per picture; default: {_FROM}."
+        "--rerank-from", type=click.IntRange(3, 1000), help=f"--rerank: candidates per picture; default: {_FROM}."
     )(command)
     return click.option("--rerank", type=kinds, help=help)(command)
 

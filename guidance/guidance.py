@@ -116,8 +116,9 @@ class Guidance:
             step's, so that a window means the same to Karras', flow-matching and other schedules.
         every: act at every n-th step only.
         strength: factor of every step; 1 is the recipe's own default, 0 samples plainly and only records the loss.
-        raise_on_nonfinite: raise at the first gradient that is not finite, instead of moving nothing and
-            reporting at the end.
+        raise_on_nonfinite: raise at the first prediction, loss, gradient or step that is not finite and say where it
+            is, instead of moving nothing and reporting at the end. A first prediction that is not finite for any
+            picture raises in any case.
         name, citation: of the published method.
     """
 

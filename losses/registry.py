@@ -237,4 +237,6 @@ def _own_function(path: Path, function: str) -> Composable | Callable:
         raise LookupError(f"'{path}' has no '{function}'" + (f"; did you mean '{close[0]}'?" if close else ""))
     if not callable(own):
         raise ValueError(f"'{function}' in '{path}' is not callable; a loss maps images (B, 3, H, W) to (B,)")
+    if isinstance(own, type):
+        raise ValueError(f"'{function}' in '{path}' is a class; in that file, make one: {function}(...), and name that")
     return own

@@ -7,6 +7,7 @@ Variance-preserving models have `alpha**2 + sigma**2 = 1`, Karras and EDM sample
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -217,18 +218,34 @@ def scheduler_levels(scheduler) -> list[Level]:
         sigmas += [0.0] * (count + 1 - len(sigmas))
         sigmas = _between(scheduler, sigmas)
         kind = prediction_kind(scheduler)
-        if kind in ("flow", "reverse-flow"):
+        flow = name.startswith("FlowMatch") or getattr(config, "use_flow_sigmas", False)
+        if kind == "flow" and not flow:
+            raise ValueError(
+                f"the noise level of {name} cannot be read: its prediction_type is that of a flow, and its sigmas are "
+                "not; a scheduler that knows use_flow_sigmas=True needs it here"
+            )
+        if not all(map(math.isfinite, sigmas)):
+            raise ValueError(
+                f"the noise level of {name} cannot be read: with {count} timesteps its sigmas are not finite; take "
+                "another number of steps"
+            )
+        if flow:
             if max(sigmas) > 1 + 1e-4:
                 raise ValueError(
                     f"the noise level of {name} cannot be read: a flow's sigmas are at most 1, got {sigmas[0]:g}"
                 )
             return [Level.of(s, 1 - s) if kind == "reverse-flow" else Level.of(1 - s, s) for s in sigmas]
-        if name.startswith("EDM"):
+        if hasattr(scheduler, "precondition_outputs"):  # EDM's, and that of Stable Audio
             return [Level.of(1.0, s, config.sigma_data) for s in sigmas]
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             return [Level.of(1 / (1 + s * s) ** 0.5, s / (1 + s * s) ** 0.5) for s in sigmas]
         return [Level.of(1.0, s) for s in sigmas]
     if getattr(scheduler, "alphas_cumprod", None) is not None:
+        if count and int(scheduler.timesteps.max()) >= len(scheduler.alphas_cumprod):
+            raise ValueError(
+                f"the noise level of {name} cannot be read: it visits timestep {int(scheduler.timesteps.max())}, and "
+                f"has levels of {len(scheduler.alphas_cumprod)} only; take fewer steps, or steps_offset=0"
+            )
         last = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0))
         cumulative = torch.cat(
             [scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].double().cpu(), last.double().cpu().view(1)]
@@ -262,7 +279,7 @@ def prediction_kind(scheduler) -> str:
     if name.startswith("FlowMatch"):
         return "reverse-flow" if getattr(scheduler.config, "invert_sigmas", False) else "flow"
     kind = getattr(scheduler.config, "prediction_type", "epsilon")
-    if name.startswith("EDM"):
+    if hasattr(scheduler, "precondition_outputs"):
         return "edm-v" if kind == "v_prediction" else "edm"
     kind = {"flow_prediction": "flow", "original_sample": "sample"}.get(kind, kind)
     return check_kind(kind)

@@ -29,6 +29,8 @@ class Solver:
     """
 
     def __init__(self, scheduler) -> None:
+        if not hasattr(type(scheduler), "step"):
+            raise ValueError(f"{type(scheduler).__name__} cannot be sampled with here: it has no step(); take another")
         self.scheduler = scheduler
         self.timesteps: torch.Tensor = scheduler.timesteps
         self.sigmas: torch.Tensor | None = getattr(scheduler, "sigmas", None)
