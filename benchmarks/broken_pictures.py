@@ -106,6 +106,8 @@ def _readable() -> Iterator[tuple[str, str, bytes]]:
     yield "animated WebP", "a.webp", _frames("WEBP")
     yield "TIFF of three pages", "a.tif", _frames("TIFF")
     yield "a phone's two pictures (MPO)", "a.jpg", _frames("MPO")
+    yield "an icon", "a.ico", _encoded(Image.new("RGB", (16, 16)), "ICO")
+    yield "a Targa picture", "a.tga", _encoded(_rgb(), "TGA")
     yield "a JPEG that is called .png", "a.png", _encoded(_rgb(), "JPEG")
     yield "a picture that is called .txt", "a.txt", _encoded(_rgb(), "PNG")
     yield "a name without ending", "picture", _encoded(_rgb(), "PNG")
@@ -180,7 +182,6 @@ def _no_pictures() -> Iterator[tuple[str, str, bytes]]:
     yield "EPS that is called .png", "a.png", script
     yield "WMF", "a.wmf", b"\xd7\xcd\xc6\x9a" + bytes(60)
     yield "Photoshop", "a.psd", b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(64)
-    yield "an icon", "a.ico", _encoded(Image.new("RGB", (16, 16)), "ICO")
 
 
 def _file(name: str, data: bytes) -> Callable[[Path], Path]:

@@ -60,18 +60,29 @@ def loss_told() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        name, place, trace = "", "", error.__traceback__
-        while trace is not None:
-            frame = trace.tb_frame
-            if isinstance(frame.f_locals.get("self"), Term):
-                name = frame.f_locals["self"].name
-            if str(frame.f_globals.get("__name__")).startswith(registry.OWN_MODULE):
-                place = f"{os.path.relpath(frame.f_code.co_filename)}:{trace.tb_lineno}"
-            trace = trace.tb_next
+        name, place = _own_place(error)
+        cause = error.__cause__
+        if not place and cause is not None and not lacks_memory(error):  # the library has said what the error means
+            place = _own_place(cause)[1]
+            if place:
+                raise Problem(f"{error} ({place})") from error
         if not place or lacks_memory(error):
             raise
         what = f"the loss '{name}'" if name else "a loss"
         raise Problem(f"{what} raised {type(error).__name__}: {error} ({place})") from error
+
+
+def _own_place(error: BaseException) -> tuple[str, str]:
+    """Of which loss an error is, and where in the user's own file it was raised; empty where it was not."""
+    name, place, trace = "", "", error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if isinstance(frame.f_locals.get("self"), Term):
+            name = frame.f_locals["self"].name
+        if str(frame.f_globals.get("__name__")).startswith(registry.OWN_MODULE):
+            place = f"{os.path.relpath(frame.f_code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return name, place
 
 
 def lacks_memory(error: Exception) -> bool:

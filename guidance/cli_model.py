@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..losses.loss import said
 from ..losses.reading import check_folder, no_code, read_json
 from ..samplers import Denoiser, Record, Solver, denoiser, prediction_kind, sample
 from .cli_tokens import NAME as TOKENS
@@ -248,7 +249,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> PixelModel | P
         try:
             return PixelModel(load_demo(device, dtype, folder=FOLDER))
         except (OSError, ValueError) as error:
-            raise OSError(f"the demo's weights are not where they belong, '{FOLDER}': {_first_line(error)}") from error
+            raise OSError(f"the demo's weights are not where they belong, '{FOLDER}': {said(error)}") from error
     from diffusers import DiffusionPipeline
 
     check_model(name)
@@ -266,7 +267,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> PixelModel | P
             pipe = DiffusionPipeline.from_pretrained(place, torch_dtype=dtype, trust_remote_code=False).to(device)
     except Exception as error:  # what a broken or a foreign folder raises is not limited to a few kinds
         what = "the pipeline in" if folder.is_dir() else "no folder of that name is here, and from the hub"
-        raise OSError(f"the model '{name}' cannot be loaded: {what} '{name}' gave {_first_line(error)}") from error
+        raise OSError(f"the model '{name}' cannot be loaded: {what} '{name}' gave {said(error)}") from error
     return _of_pipeline(pipe, name)
 
 
@@ -304,7 +305,8 @@ def _load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> Pixel
             "unet/config.json and scheduler/scheduler_config.json"
         )
     try:
-        check_folder(root)
+        for part in (unet, root / "scheduler"):
+            check_folder(part)
         with no_code():
             network = UNet2DModel.from_pretrained(unet, torch_dtype=dtype).to(device).eval()
         config = DDIMScheduler.load_config(root / "scheduler")
@@ -312,7 +314,7 @@ def _load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> Pixel
 
         scheduler = getattr(diffusers, config.get("_class_name", ""), DDIMScheduler).from_config(config)
     except Exception as error:  # as above
-        raise OSError(f"the model in '{folder}' cannot be loaded: {_first_line(error)}") from error
+        raise OSError(f"the model in '{folder}' cannot be loaded: {said(error)}") from error
     return PixelModel(denoiser(network, scheduler))
 
 
@@ -354,9 +356,3 @@ def _with_scheduler(model: PixelModel | PipelineModel, name: str) -> PixelModel 
         return PixelModel(dataclasses.replace(model.denoiser, scheduler=made))
     model.pipe.scheduler = made
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    """The error's name and the first sentence of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.:')}" if lines else type(error).__name__

@@ -25,7 +25,7 @@ from ..losses.reading import LARGEST_JSON, parse_json
 from .files import Locks, open_plain, read_plain, real_folder, sync_folder, write_all, write_whole
 
 SETTINGS, MANIFEST, PICTURES, CLAIMS = "settings.json", "manifest.jsonl", "pictures", ".claims"
-_FIXED = ("sheet.png", "record.png", "record.json", SETTINGS, MANIFEST)  # beside the pictures
+_FIXED = ("sheet.png", "record.png", "record.json", "report.txt", SETTINGS, MANIFEST)  # beside the pictures
 PER_FOLDER = 1000
 _LARGEST = 1 << 30  # bytes of a picture's file; it has no more
 _LINE = 4096  # bytes that a picture's lines take in a manifest, at most, also where some are doubled

@@ -97,15 +97,16 @@ class Watch:
 def kept(sound: torch.Tensor, after: Any, before: Any) -> Any:
     """A step rule's next state, of which samples that are not `sound`, bool `(B,)`, keep what they had before.
 
-    States are nested tuples, lists and dicts; what is no tensor `(B, ...)` is common to all samples.
+    States are nested tuples, lists and dicts; what is no tensor of B rows is common to all samples.
     """
     if isinstance(after, torch.Tensor):
         known = isinstance(before, (torch.Tensor, float, int))
-        if after.dim() < 2 or len(after) != len(sound) or not known:
+        if after.dim() < 1 or len(after) != len(sound) or not known:
             return after
         return torch.where(per_sample(sound, after, torch.bool), after, before)
     if isinstance(after, (tuple, list)) and isinstance(before, (tuple, list)) and len(after) == len(before):
-        return type(after)(kept(sound, one, other) for one, other in zip(after, before))
+        each = [kept(sound, one, other) for one, other in zip(after, before)]
+        return type(after)(*each) if hasattr(after, "_fields") else type(after)(each)  # a named tuple takes them singly
     if isinstance(after, dict) and isinstance(before, dict):
         return {name: kept(sound, one, before[name]) if name in before else one for name, one in after.items()}
     return after

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .reading import first_line, open_file
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000"),
+    *("MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
+)
 """What pictures may be: what Pillow decodes by itself. Of others it would start programs, such as Ghostscript."""
 LARGEST = 8192 * 8192
-"""Pixels of a picture, at most: a small file can claim, and fill, any number of them."""
+"""Pixels of a picture that is read from a file, at most: a small file can claim, and fill, any number of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,15 +105,13 @@ def _loaded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Image.Ima
     if not isinstance(picture, Image.Image):
         name, file = f"the picture '{os.fspath(picture)}'", open_file(picture, "picture")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF data and the like; of the size there is a word below
-            image = picture if file is None else _identified(file)
-            if not min(image.size):
-                raise ValueError("it has no pixels")
-            if image.width * image.height > LARGEST:
-                raise Image.DecompressionBombError
-            image.load()
-            yield ImageOps.exif_transpose(image)
+        image = picture if file is None else _identified(file)
+        if not min(image.size):
+            raise ValueError("it has no pixels")
+        if file is not None and image.width * image.height > LARGEST:
+            raise Image.DecompressionBombError
+        image.load()
+        yield ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(
             f"{name.removeprefix('the picture ')} is not a picture that can be read: it is damaged, or in none of the "
@@ -122,6 +122,8 @@ def _loaded(picture: str | os.PathLike[str] | Image.Image) -> Iterator[Image.Ima
             f"{name} has more than {LARGEST} pixels, those of a square of {math.isqrt(LARGEST)}, and no more are read: "
             "make it smaller"
         ) from None
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError(f"{name} cannot be read: {first_line(error)}") from error
     finally:

@@ -166,7 +166,8 @@ class Term(Composable):
                 f"loss '{self.name}' looks at pictures (B, 3, H, W), got {tuple(image.shape)}; Frames(loss) makes one "
                 "for videos (B, F, 3, H, W)"
             )
-        version = None if image.is_inference() else image._version
+        counted = not torch.compiler.is_compiling() and not image.is_inference()
+        version = image._version if counted else None
         try:
             value = self.loss(image)
         except Exception as error:
@@ -181,6 +182,8 @@ class Term(Composable):
                 f"loss '{self.name}' writes into the pictures that it is given, which other terms see as well: leave "
                 "out operations such as .clamp_(), += and image[...] = , or let them write into image.clone()"
             )
+        if isinstance(value, torch.Tensor) and not image.requires_grad and value.dtype in _WHOLE:
+            value = value.float()  # a count or a yes will do where no gradient is asked for
         wrong = wrong_value(value, len(image))
         if wrong is not None:
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -211,6 +214,9 @@ class Term(Composable):
         }
 
 
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def wrong_value(value: object, images: int) -> str | None:
     """What is wrong with what a loss returned for so many images, and what to do about it; None where nothing is."""
     if value is None:
@@ -238,19 +244,24 @@ def wrong_value(value: object, images: int) -> str | None:
 
 # what an error of torch or Python says, and what it means here
 _CAUSES = (
-    ("positional argument", "a loss takes the pictures alone, bind the rest by functools.partial"),
-    ("call numpy()", "numpy knows no gradient, use torch operations all the way"),
-    ("same device", "move its own tensors to the picture's by .to(image.device)"),
-    ("should be the same", "bring its own tensors and network to the picture's device and dtype by .to(image)"),
-    ("same dtype", "bring its own tensors and network to the picture's device and dtype by .to(image)"),
-    ("inplace operation", "write y = y + 1 for y += 1, and the like"),
-    ("in-place operation", "write y = y + 1 for y += 1, and into image.clone() in place of the picture"),
+    (
+        TypeError,
+        "positional argument",
+        "a loss takes the pictures alone, and where it is the loss that wants more, bind the rest by functools.partial",
+    ),
+    (RuntimeError, "call numpy()", "numpy knows no gradient, use torch operations all the way"),
+    (RuntimeError, "same device", "move its own tensors to the picture's by .to(image.device)"),
+    (RuntimeError, "should be the same", "bring its own tensors and network to the picture's kind by .to(image)"),
+    (RuntimeError, "same dtype", "bring its own tensors and network to the picture's kind by .to(image)"),
+    (RuntimeError, "inplace operation", "write y = y + 1 for y += 1, and the like"),
+    (RuntimeError, "in-place operation", "write y = y + 1 for y += 1, and into image.clone() in place of the picture"),
 )
 
 
 def advice_on(error: Exception) -> str | None:
     """What to do about an error in a loss; None where that is not known."""
-    return next((advice for known, advice in _CAUSES if known in str(error)), None)
+    text = str(error)
+    return next((advice for kind, known, advice in _CAUSES if isinstance(error, kind) and known in text), None)
 
 
 def note(error: Exception, text: str) -> None:

@@ -100,8 +100,9 @@ class FrozenNetwork:
 
 
 def _check_preprocessing(size: Any, mean: Any, std: Any) -> None:
-    sides = () if size is None else (size,) if isinstance(size, int) else size
-    if not all(isinstance(side, Integral) and 0 < side <= _LARGEST_SIDE for side in sides) or len(sides) > 2:
+    sides = (size, size) if size is None or isinstance(size, int) else size
+    right = size is None or all(isinstance(side, Integral) and 0 < side <= _LARGEST_SIDE for side in sides)
+    if not right or len(sides) != 2:
         raise ValueError(f"a network's size is one number or (height, width), from 1 to {_LARGEST_SIDE}, got {size!r}")
     for name, values in (("mean", mean), ("std", std)):
         try:

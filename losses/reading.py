@@ -7,8 +7,9 @@ import math
 import os
 import stat
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,14 +87,17 @@ def parse_json(content: bytes) -> Any:
         ValueError: it says something else, or nothing; or it is nested too deeply.
     """
     try:
+        text = content.decode("utf-8-sig")  # some editors of Windows begin a file with a mark
         found = json.loads(
-            content.decode("utf-8-sig"),  # some editors of Windows begin a file with a mark
+            text,
             object_pairs_hook=_object,
             parse_constant=_no_number,
             parse_float=_float,
             parse_int=_int,
         )
-        json.dumps(found, ensure_ascii=False).encode()  # half a character can be written as an escape, and not shown
+        # half a character can be written as an escape, and not shown; but so is a byte of a name that is not in UTF-8
+        if "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode(errors="surrogateescape")
         return found
     except UnicodeError:
         raise ValueError("it is not text in UTF-8") from None
@@ -150,7 +154,32 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def no_code() -> Iterator[None]:
     """Other libraries open files here: their `torch.load` makes tensors and nothing else, also where it is not asked to
-    (before torch 2.6), and transformers does not offer to run a folder's own code."""
+    (before torch 2.6), and transformers does not offer to run a folder's own code.
+
+    This holds for the whole process; of several threads the first to come sets it, and the last to leave puts back what
+    was there.
+    """
+    global _inside, _restore
+    with _LOCK:
+        if _inside == 0:
+            _restore = _forbid()
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _inside -= 1
+            if _inside == 0 and _restore is not None:
+                _restore()
+
+
+_LOCK = threading.Lock()
+_inside = 0
+_restore: Callable[[], None] | None = None
+
+
+def _forbid() -> Callable[[], None]:
+    """Forbid code, as `no_code` says; returns what takes that back."""
     forced, freed = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (forced, freed)}
     os.environ[forced] = "1"
@@ -158,12 +187,13 @@ def no_code() -> Iterator[None]:
     patience = getattr(dynamic, "TIME_OUT_REMOTE_CODE", None)
     if patience is not None:
         dynamic.TIME_OUT_REMOTE_CODE = 0  # seconds that it waits for a yes; with none it refuses
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         if patience is not None:
             dynamic.TIME_OUT_REMOTE_CODE = patience
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+    return restore

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,10 @@ class Denoiser:
                 "width) with sides that all its halvings divide, such as multiples of 32"
             ) from error
         if not isinstance(output, torch.Tensor):
-            found = next(iter(output), None) if isinstance(output, (tuple, list)) else getattr(output, "sample", None)
-            output = output if found is None else found
+            output = getattr(output, "sample", output)
+        if not isinstance(output, torch.Tensor):
+            with suppress(TypeError, LookupError):  # what has no first part is told below
+                output = output[0]
         if not isinstance(output, torch.Tensor) or not output.is_floating_point():
             kind = output.dtype if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f"the denoiser must return a float tensor {tuple(x.shape)}, but returned {kind}")

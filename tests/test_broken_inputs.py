@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -150,9 +152,9 @@ def test_the_limit_of_pixels(tmp_path, monkeypatch):
     Image.new("1", (4, 3)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").shape == (3, 3, 4)
     Image.new("1", (13, 1)).save(tmp_path / "b.png")
-    for picture in (tmp_path / "b.png", Image.new("L", (13, 1))):
-        with pytest.raises(ValueError, match="has more than 12 pixels"):
-            read_image(picture)
+    with pytest.raises(ValueError, match="has more than 12 pixels"):
+        read_image(tmp_path / "b.png")
+    assert read_image(Image.new("L", (13, 1))).shape == (3, 1, 13)  # which is in memory already
     with pytest.raises(ValueError, match="at least one pixel"):
         read_image(torch.zeros(3, 0, 4))
 
@@ -207,6 +209,7 @@ def test_a_pipeline_s_parts_are_of_known_libraries():
     [
         {"size": 0},
         {"size": (1, 2, 3)},
+        {"size": (8,)},
         {"size": 10**6},
         {"mean": (float("nan"),) * 3},
         {"std": (0, 1, 1)},
@@ -216,6 +219,55 @@ def test_a_pipeline_s_parts_are_of_known_libraries():
 def test_the_preprocessing_of_a_network_is_looked_at(wrong):
     with pytest.raises(ValueError, match=f"a network's {next(iter(wrong))} is"):
         FrozenNetwork(lambda image: image, **wrong)
+
+
+# ---- several threads ------------------------------------------------------------------------------------------------
+
+
+def test_what_holds_for_the_process_ends_with_the_last_of_several_threads(monkeypatch):
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    monkeypatch.delenv(name, raising=False)
+    inside, go = threading.Event(), threading.Event()
+
+    def second():
+        with reading.no_code():
+            inside.set()
+            go.wait(5)
+
+    thread = threading.Thread(target=second)
+    with reading.no_code():
+        thread.start()
+        assert inside.wait(5)
+    assert os.environ[name] == "1"  # the other is still at it
+    go.set()
+    thread.join()
+    assert name not in os.environ
+
+
+def test_a_picture_is_read_without_a_change_of_what_warnings_are_shown(tmp_path, monkeypatch):
+    """Python's own way to silence them is the whole process's, and threads leave it as another found it."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    seen = []
+    monkeypatch.setattr(images, "_to_tensor", lambda image: seen.append(list(warnings.filters)) or torch.zeros(3, 4, 4))
+    read_image(tmp_path / "a.png")
+    assert seen == [list(warnings.filters)]
+
+
+def test_a_full_memory_is_no_fault_of_the_picture(tmp_path, monkeypatch):
+    def full(image):
+        raise MemoryError
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "_to_tensor", full)
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "a.png")
+
+
+def test_json_may_name_a_file_whose_name_is_not_utf_8():
+    name = os.fsdecode(b"caf\xe9")
+    assert reading.parse_json(json.dumps({"out": name}).encode()) == {"out": name}
+    with pytest.raises(ValueError, match="UTF-8"):
+        reading.parse_json(b'"\\ud800"')  # which is no such byte
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections import namedtuple
+from dataclasses import dataclass
 
 import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers.utils import BaseOutput
 from lossguide.guidance import Augment, Guidance, guide, recipes
 from lossguide.guidance.cli import main
 from lossguide.guidance.gradient import loss_gradient
 from lossguide.guidance.particles import Particles, Population
 from lossguide.guidance.steps import Adam, Chain, Constant, Squared
+from lossguide.guidance.watch import kept
 from lossguide.losses import (
     ClassLabel,
     ClipDirection,
@@ -463,6 +467,37 @@ def test_a_loss_must_not_change_the_picture_that_others_see():
         loss_gradient(image, terms, Augment(2), draws)
     with pytest.raises(ValueError, match="'first' writes into the pictures"):
         loss_gradient(image, terms[:1], None, None, gradient=False)
+
+
+def test_whole_numbers_are_a_loss_where_no_gradient_is_asked_for():
+    bright = Term(lambda image: image.flatten(1).mean(1) > 0.5, name="bright")
+    image = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    assert bright(image).tolist() == [0.0, 1.0]
+    assert loss_gradient(image, [bright], None, None, gradient=False)[1].tolist() == [0.0, 1.0]
+
+
+def test_a_loss_can_be_compiled_whole():
+    term = Term(lambda image: image.flatten(1).mean(1))
+    image = torch.rand(2, 3, 4, 4)
+    compiled = torch.compile(lambda image: term(image), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(image), term(image))
+
+
+def test_a_rule_s_state_may_be_a_named_tuple():
+    state = namedtuple("State", "mean count")
+    sound = torch.tensor([True, False])
+    after = kept(sound, state(torch.ones(2, 3), 2), state(torch.zeros(2, 3), 1))
+    assert isinstance(after, state) and after.mean[:, 0].tolist() == [1, 0] and after.count == 2
+
+
+def test_a_denoiser_s_output_may_call_its_prediction_otherwise():
+    @dataclass
+    class Output(BaseOutput):
+        prediction: torch.Tensor
+
+    model = denoiser(lambda x, t: Output(0.5 * x), vp_scheduler(), shape=(3, 4, 4))
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.equal(model.predict(x, 0), 0.5 * x)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="notes of errors are Python 3.11's")
