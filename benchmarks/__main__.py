@@ -33,6 +33,7 @@ TASKS = {
     "likelihood": "how likely pictures are to the demo model: closed forms, other kinds, guided ones; reranking",
     "change-map": "garments whose upper half is kept while a text changes the rest",
     "mutation": "small faults put into levels, step rules and the guided step: do the tests find them?",
+    "coverage": "which lines of the library its tests run, by folder, and the files that are short of it",
     "solvers": "auto at its default over solvers, numbers of steps and a flow-matching model",
     "cifar10": "CIFAR-10 labels in the field's protocol; the model is trained by `python -m benchmarks.cifar10.train`",
 }

@@ -114,7 +114,8 @@ class StepRule:
     natural = False
 
     def init(self, x: torch.Tensor) -> Any:
-        """The state before the first step, for samples `x`."""
+        """The state before the first step, for samples `x` `(B, ...)`: tensors of B rows, one per sample, and what is
+        common to all, nested as one likes."""
         return None
 
     def update(self, signal: Signal, state: Any) -> tuple[torch.Tensor, Any]:
@@ -143,7 +144,7 @@ def per_sample(value: torch.Tensor, like: torch.Tensor, dtype: torch.dtype | Non
 
 def _over(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """A quotient that is zero where the denominator is."""
-    return torch.where(denominator > 0, numerator / torch.where(denominator > 0, denominator, 1), 0)
+    return torch.where(denominator > 0, numerator / denominator, 0)
 
 
 @dataclass(frozen=True)
