@@ -36,7 +36,9 @@ def tests_of(code: str, line: int, seen: dict[int, list[str]]) -> set[str] | Non
         for node in ast.walk(ast.parse(code))
         if isinstance(node, ast.stmt)
     ]
-    own = min((lines for lines in statements if line in lines), key=len)
+    own = min((lines for lines in statements if line in lines), key=len, default=())
+    if not own:  # a decorator's line, which runs at import
+        return None
     return {test for one in own for test in seen.get(one, ()) if test}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,8 +197,8 @@ class Guidance:
             raise ValueError(f"every is at least 1, got {self.every}")
         if not 0 < self.through_share <= 1:
             raise ValueError(f"through_share is more than 0 and at most 1, got {self.through_share}")
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength is a number from 0 up, got {self.strength}")
+        if not isinstance(self.strength, numbers.Real) or not 0 <= self.strength < float("inf"):
+            raise ValueError(f"strength is a number from 0 up, got {self.strength!r}")
 
     def _check_tokens(self, tokens: Tokens) -> None:
         for name in ("rule", "toward", "project", "smoothing", "particles", "remix"):

@@ -360,9 +360,11 @@ def clear(folder: Path, strict: bool = False) -> None:
         )
     for path in own:
         path.unlink()
-    for part in {path.parent for path in own if path.parent != folder}:
-        with suppress(OSError):
-            part.rmdir()
+    if numbered is not None and real_folder(folder / PICTURES):
+        for part in list((folder / PICTURES).iterdir()):  # also one for whose first picture the disk had no room
+            if re.fullmatch(r"\d{4,}", part.name, re.ASCII) and not part.is_symlink():
+                with suppress(OSError):
+                    part.rmdir()
     with suppress(OSError):
         (folder / PICTURES).rmdir()
 

@@ -6,6 +6,7 @@ fields can be changed by keyword: `dps(loss, start=0.2)`. `available()` lists th
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -514,8 +515,10 @@ def _build(loss, strength: float, changes: dict[str, Any], **defaults: Any) -> G
         unknown = set(changes) - set(Guidance.__dataclass_fields__)
         if not unknown:
             raise
+        close = difflib.get_close_matches(min(unknown), Guidance.__dataclass_fields__, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
         raise TypeError(
-            f"a recipe has no setting {', '.join(sorted(unknown))}; "
+            f"a recipe has no setting {', '.join(sorted(unknown))}; {hint}"
             f"settings are {', '.join(Guidance.__dataclass_fields__)}"
         ) from error
 
@@ -535,16 +538,12 @@ def get(name: str) -> Callable[..., Guidance]:
         return _RECIPES[name]
     if name == "tokens":
         return tokens
-    import difflib
-
     close = difflib.get_close_matches(name, _RECIPES, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise LookupError(f"no recipe {name!r}; {hint}recipes are {', '.join(_RECIPES)}")
 
 
 def __getattr__(name: str) -> Any:
-    import difflib
-
     close = difflib.get_close_matches(name, _RECIPES, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise AttributeError(f"there is no recipe {name!r}{hint}")

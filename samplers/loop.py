@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -121,11 +122,14 @@ def sample(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if steps is None:
         steps = 8 if isinstance(denoiser, TokenGenerator) else 50
-    seeds = [int(seed) for seed in seeds]
+    try:
+        seeds = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise TypeError(f"seeds holds one integer per picture, such as range(4), got {seeds!r}") from None
     if not seeds:
         raise ValueError("seeds holds one integer per picture; it is empty")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
     if isinstance(denoiser, TokenGenerator):
         denoiser.check(len(seeds))
     size = len(seeds) if batch_size is None else batch_size

@@ -588,3 +588,18 @@ def test_losses_that_cannot_guide_are_told(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sample(frozen, recipes.mpgd(squares), steps=2)
+
+
+@pytest.mark.parametrize("seeds", [3, "ab", [0.5]])
+def test_seeds_are_integers(seeds):
+    with pytest.raises(TypeError, match="one integer per picture, such as range"):
+        sample(denoiser(lambda x, t: x, vp_scheduler(), shape=(3, 8, 8)), steps=2, seeds=seeds)
+
+
+def test_slips_of_the_finger_are_told():
+    with pytest.raises(ValueError, match="integer of at least 1, got 2.5"):
+        sample(denoiser(lambda x, t: x, vp_scheduler(), shape=(3, 8, 8)), steps=2.5, seeds=[0])
+    with pytest.raises(ValueError, match="strength is a number from 0 up, got '2'"):
+        recipes.auto(None, strength="2")
+    with pytest.raises(TypeError, match="no setting stength; did you mean strength"):
+        recipes.auto(None, stength=2)

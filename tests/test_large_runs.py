@@ -728,3 +728,12 @@ def test_differences_are_named():
     assert difference({"options": {"num_images": 1}}, {"options": {"num_images": 2}}) == ("num images 1", "2")
     assert difference({"a": [{"b": 1}]}, {"a": [{"b": 2}]}) == ("a.0.b 1", "2")
     assert difference({"a": 1, "new": 2}, {"a": 1}) == ("new 2", "null")
+
+
+def test_a_folder_whose_first_picture_had_no_room_goes_with_the_run(tmp_path):
+    settings = {"command": "lossguide generate", "options": {}, "seeds": {"first": 0, "count": 24}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    for part in ("0000", "mine"):
+        (tmp_path / "pictures" / part).mkdir(parents=True)
+    clear(tmp_path)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["mine"]

@@ -18,9 +18,11 @@ STRENGTHS = {
     "ddim": 0.6,
     "sdxl-turbo": 3.0,
     "stable-cascade": 5.0,
-    "qwen-image": 0.1,
+    "qwen-image": 0.15,
+    "kandinsky22": 0.5,
+    "lumina2": 0.35,
 }  # 1 elsewhere; random networks are steep
-STRENGTHS |= dict.fromkeys(("lumina2", "cogvideox", "wan", "wan-i2v", "wan-i2v-concat", "wan-v2v"), 0.3)
+STRENGTHS |= dict.fromkeys(("cogvideox", "wan", "wan-i2v", "wan-i2v-concat", "wan-v2v"), 0.3)
 POOLED = {"wan": 4, "wan-i2v": 4, "wan-v2v": 4, "wan-i2v-concat": 8, "stable-audio": 4}
 BLENDED = ("sd-inpaint", "sdxl-inpaint")  # what is known is put in after the last step
 PAINTED = {"flux-fill": 8}  # columns that move; its network does not keep what is given, for its weights are random
