@@ -160,7 +160,7 @@ def test_the_pipeline_is_left_as_found_also_after_an_exception(name):
 
 def test_a_batch_of_two_is_two_singles(name):
     pipe = made(name)
-    if name.startswith(("wan", "kandinsky")):  # decoders of random weights that make much of round-off
+    if name.startswith(("wan", "kandinsky", "audioldm", "stable-audio")):  # random decoders make much of round-off
         pipe = PIPELINES[name].build()
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
@@ -237,7 +237,11 @@ def test_every_scheduler(name, scheduler, through, monkeypatch):
     loss = Near(run(None, 3, 4)[0])
     plain, _ = run(None, 1, 2)
     assert torch.equal(run(recipes.auto(loss, through=through, strength=0.0), 1, 2)[0], plain)
-    strength = 0.3 if name == "flux" else 1.0  # a steep random network
+    steep = {
+        "flux": 0.3,
+        "KDPM2AncestralDiscreteScheduler": 0.5,
+    }  # networks; two steps in one
+    strength = min(steep.get(name, 1.0), steep.get(_kind(scheduler).__name__, 1.0))
     travel = TimeTravel(2, 0.3, 0.7)
     image, guided = run(recipes.auto(loss, through=through, strength=strength, time_travel=travel), 1, 2)
     assert (loss(image) < 0.7 * loss(plain)).all()
