@@ -162,7 +162,7 @@ class MotionBlur(Kernel):
     def __init__(self, length: float, angle: float = 0.0):
         if not 1 <= length <= LONGEST or not math.isfinite(angle):
             raise ValueError(
-                f"length is a number of pixels from 1 to {LONGEST}, and angle one of degrees, got {length}, {angle}"
+                f"length is at least 1 pixel and at most {LONGEST}, angle a number of degrees, got {length}, {angle}"
             )
         super().__init__(_line(float(length), float(angle)))
         self.length, self.angle = float(length), float(angle)
