@@ -1,9 +1,10 @@
 """Every recipe on ten pairs of a model and a task: at its default strength, and at the best of a grid.
 
 Strengths are searched on some pictures; default and best are measured on others, and once more, for error bars, on
-fresh ones. The denoiser runs in float32 for the figures of recipes that are compared with others' code, in bfloat16
-elsewhere, which is twice as fast. One row per run goes to `results/methods.jsonl` as soon as it is measured, and no run
-is repeated. Several processes started with the same command share the work.
+fresh ones. The denoiser runs in float32 for the figures of recipes that are compared with others' code; elsewhere in
+bfloat16 on processors that compute in it, twice as fast, and a row of either precision counts. One row per run goes to
+`results/methods.jsonl` as soon as it is measured, and no run is repeated. Several processes started with the same
+command share the work.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lossguide.samplers.plain import plain
 from . import methods_report, work_demo, work_look, work_restore
 from .grids import ETA, LONG, MOST, ORDER, beyond, grid, suits
 from .rows import Rows, digest_of
-from .runs import about, failure, figures, model_in, sampled, weights_digest
+from .runs import about, failure, fast_dtype, figures, model_in, sampled, weights_digest
 from .work import Pictures, Work
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +68,12 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """The denoiser's precision."""
-        return torch.float32 if self.which == "evaluation" and self.recipe in COMPARED else torch.bfloat16
+        return torch.float32 if self.exact else fast_dtype()
+
+    @property
+    def exact(self) -> bool:
+        """Whether only float32 will do."""
+        return self.which == "evaluation" and self.recipe in COMPARED
 
     @functools.cached_property
     def seeds(self) -> list[int]:
@@ -164,7 +170,9 @@ class Plan:
 
     def row(self, job: Job) -> dict | None:
         """The row of a run, where it has been measured."""
-        return self.rows[job.work.name].get(**job.key)
+        precisions = ("float32",) if job.exact else ("bfloat16", "float32")
+        found = (self.rows[job.work.name].get(**job.key | {"dtype": precision}) for precision in precisions)
+        return next((row for row in found if row is not None), None)
 
     def search(self, work: Work, recipe: str) -> Search:
         """The search of a recipe's settings, as far as it has come."""

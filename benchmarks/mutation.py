@@ -25,7 +25,7 @@ from .rows import Rows
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 SURVIVORS = Path(__file__).parent / "survivors.json"  # why a fault is not found, by what it changes
-MODULES = ("samplers/levels.py", "guidance/steps.py", "guidance/step.py")
+MODULES = ("samplers/levels.py", "guidance/steps.py", "guidance/step.py", "guidance/edits.py")
 TESTS = (
     "tests/test_levels.py",
     "tests/test_steps.py",

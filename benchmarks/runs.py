@@ -31,6 +31,13 @@ def model_in(load: Callable[[], Denoiser], dtype: torch.dtype, device: str = "cp
 
 
 @functools.cache
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the processor computes in it; elsewhere it is emulated, many times slower than float32."""
+    known = torch.cpu.get_capabilities()
+    return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32
+
+
+@functools.cache
 def weights_digest(load: Callable[[], Denoiser]) -> str:
     """A short digest of a model's weights, so that rows of other weights are not mixed in."""
     digest = hashlib.sha256()

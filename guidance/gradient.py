@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..losses.loss import Term, advice_on, said
+from ..losses.network import moved
 from .augment import Augment
 
 
@@ -126,3 +127,16 @@ def _not_differentiable(names: list[str]) -> ValueError:
         f"{_named(names)} is not differentiable: its value does not depend on the picture through torch operations (a "
         "detach, a numpy call, a comparison or argmax, or torch.no_grad inside it?)"
     )
+
+
+def floor_of(terms: list, loss: torch.Tensor, factors: list[torch.Tensor] | None) -> torch.Tensor | None:
+    """The weighted sum's known floor `(B,)`, or None when some term has none; particles repeat their pictures'."""
+    floors = [getattr(term.loss, "floor", None) for term in terms]
+    if any(floor is None for floor in floors):
+        return None
+    floors = [
+        moved(floor, loss).reshape(-1) if isinstance(floor, torch.Tensor) else loss.new_full((1,), floor)
+        for floor in floors
+    ]
+    floors = [term.weight * floor.repeat(len(loss) // len(floor)) for term, floor in zip(terms, floors)]
+    return sum(floors if factors is None else (factor * floor for factor, floor in zip(factors, floors)))

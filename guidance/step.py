@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..losses.loss import note
-from ..losses.network import moved
 from ..samplers.capture import Captures
 from ..samplers.change import Change
 from ..samplers.denoiser import as_picture
@@ -20,12 +19,13 @@ from ..samplers.random import generators, placed, randn
 from ..samplers.record import Record
 from ..samplers.solver import Solver, reordered
 from ..samplers.time_travel import Visit, visits
-from .gradient import balanced_gradient, loss_gradient, pulled_back
+from .edits import drew, log_ratio, metric_of, not_ancestral, score_for_shift, scored, summed
+from .gradient import balanced_gradient, floor_of, loss_gradient, pulled_back
 from .guidance import Guidance, Inner
 from .particles import Population
 from .preview import Preview
 from .smoothing import smoothed
-from .steps import Signal, UnsuitableSolver, norm, per_sample, unit
+from .steps import Signal, UnsuitableSolver, norm, per_sample
 from .watch import Watch, kept
 
 
@@ -263,7 +263,7 @@ class Run:
             noise=noise,
             level=self._levels[step],
             next_level=self._levels[step + 1],
-            floor=_floor(terms, loss, self._factors),
+            floor=floor_of(terms, loss, self._factors),
             levels=self._levels,
             step=step,
             strength=guidance.strength,
@@ -285,7 +285,7 @@ class Run:
         dual, at_x0 = None, signal
         if level.per_pixel:
             dual = None if guidance.toward is None else guidance.toward.spread_at(level)
-            metric = _metric(level, solver.levels[step + 1], guidance.edit, through)
+            metric = metric_of(level, solver.levels[step + 1], guidance.edit, through)
             signal = replace(signal, dual=dual, metric_x0=signal.metric, metric=metric)
         g = goal
         if through:
@@ -447,7 +447,7 @@ class Run:
         late = guidance.rule is not None and edit == "shift" and solver.keeps_shifts
         twisted = self._population is not None and guidance.particles.twisted
         if twisted and not late:
-            raise _not_ancestral()
+            raise not_ancestral()
         if guidance.rule is not None and not late:
             move = self._move(signal, row)
             if edit == "score":
@@ -468,25 +468,25 @@ class Run:
             touched = touched & torch.isfinite(projected).flatten(1).all(1)
             displacement = self._within(torch.where(per_sample(touched, projected, torch.bool), projected, 0))
         if displacement is not None and guidance.inner is not None and guidance.inner.keep == "sample":
-            score = _sum(score, -level.alpha / level.sigma.clamp_min(1e-20) * displacement)
+            score = summed(score, -level.alpha / level.sigma.clamp_min(1e-20) * displacement)
         elif displacement is not None:
-            shift = _sum(shift, -after.alpha * displacement)
+            shift = summed(shift, -after.alpha * displacement)
         if shift is not None and not solver.keeps_shifts:
-            score, shift = _sum(score, _score_for_shift(shift, level, after)), None
+            score, shift = summed(score, score_for_shift(shift, level, after)), None
         if score is not None:
-            scored = _scored(x, prediction, score, level, solver.kind)
-            scored = scored if self._region is None else torch.where(self._region, scored, prediction)
-            prediction = self._landed(scored, prediction)
+            found = scored(x, prediction, score, level, solver.kind)
+            found = found if self._region is None else torch.where(self._region, found, prediction)
+            prediction = self._landed(found, prediction)
         x_next = solve(prediction, x)
         if late:
             landed = x_next.to(signal.x0.dtype) / wide
             if self._random is None:
-                self._random = _drew(landed, signal.level, signal.next_level, signal.x0, signal.noise)
+                self._random = drew(landed, signal.level, signal.next_level, signal.x0, signal.noise)
             signal = replace(signal, landed=landed, random=self._random)
             move = self._move(signal, row)
             if twisted:
-                self._population.correct(_log_ratio(signal, move))
-            shift = _sum(shift, wide * move)
+                self._population.correct(log_ratio(signal, move))
+            shift = summed(shift, wide * move)
         if shift is not None:
             x_next = self._landed((x_next.to(shift.dtype) - shift).to(x_next.dtype), x_next)
         return x_next
@@ -520,7 +520,7 @@ class Run:
             exact = prediction.to(fine.dtype)
             noise, std = level.noise(exact, fine, kind), level.step_std(after)
             if self._draws is None:
-                self._draws = _drew(x_next, level, after, solver.clipped(level.x0(exact, fine, kind)), noise)
+                self._draws = drew(x_next, level, after, solver.clipped(level.x0(exact, fine, kind)), noise)
             if self._draws is not False:
                 return x_next
             part = share
@@ -581,99 +581,7 @@ def _no_decoder() -> ValueError:
     )
 
 
-def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
-    """The sum of two steps of which either may be missing."""
-    return other if one is None else one if other is None else one + other
-
-
-def _drew(landed: torch.Tensor, level: Level, after: Level, x0: torch.Tensor, noise: torch.Tensor) -> bool | None:
-    """Whether a solver's step drew noise, by where it landed; None where no step would.
-
-    A deterministic solver's first step lands off the ancestral mean along the predicted noise. Pixels whose level stays
-    do not tell.
-    """
-    draws = level.step_std(after) > 0
-    if not bool(draws.any()):
-        return None
-    off = landed - level.ancestral_mean(after, x0, noise)
-    if draws.dim():
-        off, noise = off * draws, noise * draws
-    return bool((unit(off) * unit(noise)).flatten(1).sum(1).nanmedian() < 0.5)
-
-
-def _log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
-    """Logarithm `(B,)` of the model's own density over the moved proposal's, where an ancestral step landed."""
-    variance = signal.level.step_std(signal.next_level) ** 2
-    draws = variance > 0
-    if not bool(draws.any()):
-        return torch.zeros(len(move), dtype=torch.float64)
-    drawn = signal.landed - signal.level.ancestral_mean(signal.next_level, signal.x0, signal.noise)
-    if draws.dim():  # pixels whose level stays draw nothing, and say nothing
-        drawn, move, variance = (
-            value.expand_as(drawn)[:, draws[0].expand(drawn.shape[1:])] for value in (drawn, move, variance)
-        )
-    spreads = (drawn.square() / variance).flatten(1).mean(1)  # one, for noise of that variance around that mean
-    sound = torch.isfinite(spreads)
-    count = max(1, int(sound.sum())) * drawn[0].numel()
-    largest = signal.landed.flatten(1).abs().amax(1)[sound].amax() if sound.any() else 0.0
-    round_off = ((1e-5 * largest) ** 2 / variance).mean().item()
-    if abs(spreads[sound].mean().item() - 1) > 0.05 + 6 * (2 / count) ** 0.5 + round_off:
-        raise _not_ancestral()
-    return ((2 * drawn - move) * move / (2 * variance)).double().flatten(1).sum(1)
-
-
-def _not_ancestral() -> UnsuitableSolver:
-    return UnsuitableSolver(
-        "twisted particles are weighed by the law of an ancestral step, and this solver's is another"
-    )
-
-
-def _metric(level: Level, after: Level, edit: str, through: bool) -> torch.Tensor:
-    """What turns a gradient into an edit where pixels differ in their level: a score that is larger by `-w g` moves the
-    noise by `s w g`, x0 by `-(s^2 / a) w g` and the mean of an ancestral step by `-w P g`; at x0, its uncertainty."""
-    if not through:
-        return level.x0_variance * (level.alpha / level.sigma.clamp_min(1e-20) if edit == "score" else 1)
-    if edit == "score":
-        return level.sigma
-    return level.sigma**2 / level.alpha if edit == "mean" else level.score_gain(after)
-
-
 def _residual(terms: list, image: torch.Tensor) -> tuple[torch.Tensor, float]:
     """What one measurement lacks at an image, `y - A(image)`, and its noise."""
     loss = terms[0].loss
     return loss.residual(image), loss.sigma
-
-
-def _scored(x: torch.Tensor, prediction: torch.Tensor, move: torch.Tensor, level: Level, kind: str) -> torch.Tensor:
-    """The prediction whose noise is larger by `move`, and whose x0 is that of the same sample.
-
-    Where the sample holds no x0 (alpha = 0) the noise says nothing about it, and nothing moves.
-    """
-    if not bool((level.alpha > 0).all()):
-        return prediction
-    sample = x.to(move.dtype)
-    noise = level.noise(prediction.to(move.dtype), sample, kind) + move
-    changed = level.prediction(level.x0(noise, sample, "epsilon"), noise, kind).to(prediction.dtype)
-    return torch.where(per_sample((move != 0).flatten(1).any(1), changed, torch.bool), changed, prediction)
-
-
-def _score_for_shift(shift: torch.Tensor, level: Level, after: Level) -> torch.Tensor | None:
-    """The change of the noise prediction that makes a first-order step `a' x0 + s' e` land `shift` lower.
-
-    With x0 moving along, `e + w` moves the step's end by `-a' (s / a - s' / a') w`; None where the level stays.
-    """
-    scale = after.alpha * level.sigma / level.alpha - after.sigma
-    return shift / scale if bool((scale > 1e-6 * level.sigma).all()) else None
-
-
-def _floor(terms: list, loss: torch.Tensor, factors: list[torch.Tensor] | None) -> torch.Tensor | None:
-    """The weighted sum's known floor `(B,)`, or None when some term has none; particles repeat their pictures'."""
-    floors = [getattr(term.loss, "floor", None) for term in terms]
-    if any(floor is None for floor in floors):
-        return None
-    floors = [
-        moved(floor, loss).reshape(-1) if isinstance(floor, torch.Tensor) else loss.new_full((1,), floor)
-        for floor in floors
-    ]
-    floors = [term.weight * floor.repeat(len(loss) // len(floor)) for term, floor in zip(terms, floors)]
-    return sum(floors if factors is None else (factor * floor for factor, floor in zip(factors, floors)))

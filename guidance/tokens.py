@@ -16,8 +16,9 @@ import torch
 from ..samplers.faults import TRANSFORMER
 from ..samplers.time_travel import TimeTravel, Visit
 from ..samplers.tokens import TokenGenerator, Unmasking, likeliest
+from .gradient import floor_of
 from .guidance import Guidance
-from .step import Run, _floor
+from .step import Run
 from .steps import Signal, UnsuitableSolver, norm, per_sample
 
 _IRRELEVANT = ("through", "through_share", "edit_between", "name", "citation", "loss", "strength")
@@ -106,7 +107,7 @@ class TokenRun(Run):
             noise=place,
             level=self.solver.levels[step],
             next_level=self.solver.levels[step + 1],
-            floor=_floor(terms, loss, self._factors),
+            floor=floor_of(terms, loss, self._factors),
             levels=self.solver.levels,
             step=step,
             strength=guidance.strength,

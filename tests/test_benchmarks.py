@@ -134,6 +134,19 @@ def test_the_best_inside_of_a_grid_needs_no_further_search(toy, tmp_path):
     assert search.best == {"strength": 10.0} and not search.edge and len(search.jobs) == 4
 
 
+@pytest.mark.parametrize("recipe, counts", [("score", True), ("dps", False)])
+def test_rows_of_either_precision_count_but_where_others_code_is_compared(toy, tmp_path, monkeypatch, recipe, counts):
+    one, *_ = toy
+    monkeypatch.setattr(methods, "fast_dtype", lambda: torch.bfloat16)
+    plan = methods.Plan([one], [recipe], tmp_path / "rows.jsonl")
+    tried, final = (plan.job(one, recipe, {}, which) for which in ("search", "evaluation"))
+    assert tried.dtype == torch.bfloat16 and final.dtype == (torch.bfloat16 if counts else torch.float32)
+    for job in (tried, final):
+        other = "float32" if job.key["dtype"] == "bfloat16" else "bfloat16"
+        plan.rows["toy"].add(job.key | {"dtype": other})
+    assert plan.row(tried) is not None and (plan.row(final) is not None) == counts
+
+
 def test_a_run_that_fails_leaves_a_row_and_the_rest_goes_on(toy, tmp_path, monkeypatch):
     one, drawn, _ = toy
     draw = methods.draw

@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lossguide.guidance import guide, recipes
+from lossguide.guidance.edits import drew
 from lossguide.guidance.guidance import Inner
 from lossguide.guidance.proximal import Proximal
-from lossguide.guidance.step import _drew
 from lossguide.guidance.steps import (
     AsScore,
     Chain,
@@ -565,6 +565,6 @@ def test_where_some_levels_stay_the_others_tell_whether_noise_is_drawn():
     level, after = Level.of_gamma(start), Level.of_gamma(start - fall)
     x0, noise, fresh = torch.randn(3, 4, 1, 2, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
     mean = level.ancestral_mean(after, x0, noise)
-    assert _drew(mean + level.step_std(after) * fresh, level, after, x0, noise) is True
-    assert _drew(after.alpha * x0 + after.sigma * noise, level, after, x0, noise) is False
-    assert _drew(mean, level, level, x0, noise) is None
+    assert drew(mean + level.step_std(after) * fresh, level, after, x0, noise) is True
+    assert drew(after.alpha * x0 + after.sigma * noise, level, after, x0, noise) is False
+    assert drew(mean, level, level, x0, noise) is None

@@ -8,9 +8,10 @@ import diffusers
 import pytest
 import torch
 from lossguide.guidance import Guidance
+from lossguide.guidance.edits import drew, log_ratio, metric_of, score_for_shift, scored, summed
+from lossguide.guidance.gradient import floor_of
 from lossguide.guidance.guidance import Inner
 from lossguide.guidance.particles import Particles
-from lossguide.guidance.step import _drew, _floor, _log_ratio, _metric, _score_for_shift, _scored, _sum
 from lossguide.guidance.steps import Constant, NoiseScaled, PolyakToFloor, Signal, UnsuitableSolver
 from lossguide.losses import Measurement, Term
 from lossguide.samplers import Level, MultivariateScheduler, PolynomialGamma, Solver, TimeTravel
@@ -43,13 +44,13 @@ def test_a_scored_prediction_is_of_the_same_sample_with_its_noise_larger(kind, p
     move[1] = 0
     x = level.mix(x0, noise)
     prediction = level.prediction(x0, noise, kind)
-    found = _scored(x, prediction, move, level, kind)
+    found = scored(x, prediction, move, level, kind)
     torch.testing.assert_close(level.noise(found, x, kind), noise + move)
     torch.testing.assert_close(level.mix(level.x0(found, x, kind), noise + move), x)
     assert torch.equal(found[1], prediction[1]), "where nothing moves the prediction stays, to the bit"
     nothing = Level.of(0.0, 1.0)
-    assert torch.equal(_scored(x, prediction, move, nothing, kind), prediction)
-    assert _scored(x.float(), prediction.float(), move, level, kind).dtype == torch.float32
+    assert torch.equal(scored(x, prediction, move, nothing, kind), prediction)
+    assert scored(x.float(), prediction.float(), move, level, kind).dtype == torch.float32
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -57,12 +58,12 @@ def test_a_shift_as_a_score_lands_a_first_order_step_where_the_shift_would(pair)
     level, after = PAIRS[pair]
     x0, noise, shift = draws(3, 2, 1, 2, 2)
     x = level.mix(x0, noise)
-    score = _score_for_shift(shift, level, after)
+    score = score_for_shift(shift, level, after)
     changed = noise + score
     end = after.mix(level.x0(changed, x, "epsilon"), changed)
     torch.testing.assert_close(end, after.mix(x0, noise) - shift)
-    assert _score_for_shift(shift, level, level) is None, "a step that stays cannot land elsewhere"
-    assert _score_for_shift(shift, after, level) is None, "nor can one to a noisier level"
+    assert score_for_shift(shift, level, level) is None, "a step that stays cannot land elsewhere"
+    assert score_for_shift(shift, after, level) is None, "nor can one to a noisier level"
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -75,25 +76,25 @@ def test_metrics_are_what_a_score_moves(pair):
     clean = level.x0(changed, x, "epsilon")
     ends = [level.ancestral_mean(after, *one) for one in ((x0, noise), (clean, changed))]
     for edit, moved in (("score", changed - noise), ("mean", x0 - clean), ("shift", ends[0] - ends[1])):
-        torch.testing.assert_close(w * _metric(level, after, edit, True) * g, moved, msg=edit)
+        torch.testing.assert_close(w * metric_of(level, after, edit, True) * g, moved, msg=edit)
     for edit in ("shift", "mean"):  # at x0: the variance of x0, of data of variance one
-        at_x0 = _metric(level, after, edit, False)
+        at_x0 = metric_of(level, after, edit, False)
         torch.testing.assert_close(at_x0, 1 / (1 + (level.alpha / level.sigma) ** 2))
-    moved = level.noise(x0 - _metric(level, after, "mean", False) * g, x, "sample") - noise
-    torch.testing.assert_close(_metric(level, after, "score", False) * g, moved)
+    moved = level.noise(x0 - metric_of(level, after, "mean", False) * g, x, "sample") - noise
+    torch.testing.assert_close(metric_of(level, after, "score", False) * g, moved)
 
 
 def test_a_pixel_without_noise_is_certain():
     level = Level.of_gamma(torch.tensor([[[[-float("inf"), 0.5]]]], dtype=torch.float64))
     for edit in ("score", "shift", "mean"):
-        found = _metric(level, level, edit, False).flatten()
+        found = metric_of(level, level, edit, False).flatten()
         assert found[0] == 0 and found[1] > 0
 
 
 def test_sums_of_what_may_be_missing():
     one, other = draws(2, 3)
-    assert _sum(None, None) is None and _sum(one, None) is one and _sum(None, other) is other
-    torch.testing.assert_close(_sum(one, other), one + other)
+    assert summed(None, None) is None and summed(one, None) is one and summed(None, other) is other
+    torch.testing.assert_close(summed(one, other), one + other)
 
 
 # ---- whether noise was drawn, and how likely --------------------------------------------------------------------
@@ -104,12 +105,12 @@ def test_drawn_noise_is_told_from_predicted_noise(pair):
     level, after = PAIRS[pair]
     x0, noise, fresh = draws(3, 5, 1, 2, 2)
     mean, std = level.ancestral_mean(after, x0, noise), level.step_std(after)
-    assert _drew(mean + std * fresh, level, after, x0, noise) is True
-    assert _drew(after.mix(x0, noise), level, after, x0, noise) is False
-    assert _drew(mean, level, level, x0, noise) is None
-    assert _drew(mean, level, Level.of(1.0, 0.0), x0, noise) is None
+    assert drew(mean + std * fresh, level, after, x0, noise) is True
+    assert drew(after.mix(x0, noise), level, after, x0, noise) is False
+    assert drew(mean, level, level, x0, noise) is None
+    assert drew(mean, level, Level.of(1.0, 0.0), x0, noise) is None
     part = torch.where(torch.arange(5).view(-1, 1, 1, 1) < 1, after.mix(x0, noise), mean + std * fresh)
-    assert _drew(part, level, after, x0, noise) is True, "by most of the samples"
+    assert drew(part, level, after, x0, noise) is True, "by most of the samples"
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -123,12 +124,12 @@ def test_the_ratio_is_that_of_two_normal_laws(pair):
     now = Signal(move, squares(move), noise, level, after, x0=x0, landed=landed)
     law = torch.distributions.Normal
     ratio = law(mean, std).log_prob(landed - move) - law(mean - move, std).log_prob(landed - move)
-    torch.testing.assert_close(_log_ratio(now, move), ratio.flatten(1).sum(1))
+    torch.testing.assert_close(log_ratio(now, move), ratio.flatten(1).sum(1))
     last = replace(now, next_level=Level.of(1.0, 0.0), landed=x0)
-    assert torch.equal(_log_ratio(last, move), torch.zeros(50).double()), "the last step draws nothing"
+    assert torch.equal(log_ratio(last, move), torch.zeros(50).double()), "the last step draws nothing"
     for scale in (0.5, 1.5):
         with pytest.raises(UnsuitableSolver, match="weighed by the law of an ancestral step"):
-            _log_ratio(replace(now, landed=mean + scale * std * fresh), move)
+            log_ratio(replace(now, landed=mean + scale * std * fresh), move)
 
 
 def test_pixels_that_draw_nothing_say_nothing_of_the_ratio():
@@ -142,10 +143,10 @@ def test_pixels_that_draw_nothing_say_nothing_of_the_ratio():
     law, part = torch.distributions.Normal, (..., slice(1, 2))
     at = (now.landed - move)[part]
     ratio = law(mean[part], std[part]).log_prob(at) - law((mean - move)[part], std[part]).log_prob(at)
-    torch.testing.assert_close(_log_ratio(now, move), ratio.flatten(1).sum(1))
-    assert _drew(now.landed, level, after, x0, noise) is True
+    torch.testing.assert_close(log_ratio(now, move), ratio.flatten(1).sum(1))
+    assert drew(now.landed, level, after, x0, noise) is True
     faint = 0.01 * noise
-    assert _drew(after.mix(x0, faint), level, after, x0, faint) is False, "those that stay do not tell"
+    assert drew(after.mix(x0, faint), level, after, x0, faint) is False, "those that stay do not tell"
 
 
 # ---- floors of losses -------------------------------------------------------------------------------------------
@@ -156,12 +157,12 @@ def test_the_floor_of_a_sum_is_the_weighted_sum_of_floors():
     low.floor, high.floor = torch.tensor([0.5, 1.0]), 2.0
     loss = torch.zeros(6, dtype=torch.float64)
     terms = [Term(low, weight=3.0), Term(high, weight=0.5)]
-    found = _floor(terms, loss, None)
+    found = floor_of(terms, loss, None)
     torch.testing.assert_close(found, torch.tensor([2.5, 4.0] * 3, dtype=torch.float64))
     factors = [torch.tensor([float(i)] * 6) for i in (2, 4)]
     balanced = torch.tensor([2 * 1.5 + 4.0, 2 * 3 + 4.0] * 3, dtype=torch.float64)
-    torch.testing.assert_close(_floor(terms, loss, factors), balanced)
-    assert _floor([*terms, Term(squares)], loss, None) is None
+    torch.testing.assert_close(floor_of(terms, loss, factors), balanced)
+    assert floor_of([*terms, Term(squares)], loss, None) is None
 
 
 # ---- a step of a run --------------------------------------------------------------------------------------------
@@ -424,7 +425,7 @@ def test_noise_that_round_off_explains_is_not_taken_for_another_solvers(size, fi
     landed = level.ancestral_mean(after, x0, noise) + level.step_std(after) * fresh
     now = Signal(noise, level_of(x0), noise, level, after, x0=x0, landed=landed)
     if fine:
-        assert _log_ratio(now, 0 * fresh).eq(0).all()
+        assert log_ratio(now, 0 * fresh).eq(0).all()
     else:
         with pytest.raises(UnsuitableSolver):
-            _log_ratio(now, 0 * fresh)
+            log_ratio(now, 0 * fresh)
