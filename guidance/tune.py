@@ -357,7 +357,7 @@ def _study(optuna, folder: Path | None, setup: dict[str, Any], start: dict[str, 
     Raises:
         ValueError: it is that of another setup.
     """
-    storage, journal = None, None
+    storage, journal, resumed = None, None, False
     if folder is not None:
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -365,6 +365,7 @@ def _study(optuna, folder: Path | None, setup: dict[str, Any], start: dict[str, 
         journal = folder / _JOURNAL
         _refuse_others(folder)
         _mend(journal)
+        resumed = journal.is_file() and journal.stat().st_size > 0
     try:
         if journal is not None:
             backend = JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
@@ -376,6 +377,8 @@ def _study(optuna, folder: Path | None, setup: dict[str, Any], start: dict[str, 
     except (OSError, MemoryError):
         raise
     except Exception as error:  # what a damaged journal raises is not limited to a few kinds
+        if not resumed:
+            raise
         raise ValueError(f"the journal '{journal}' is damaged ({error!r}); choose another folder") from error
     before = study.user_attrs.get("setup", setup)
     if not isinstance(before, dict):

@@ -203,6 +203,19 @@ def test_the_history_of_failures_and_of_nothing_is_plotted(tmp_path):
         assert figure.axes and (tmp_path / f"{number}.png").is_file()
 
 
+def test_only_a_journal_that_was_there_is_called_damaged(tmp_path, monkeypatch):
+    def fails(**kwargs):
+        raise RuntimeError("of Optuna's own")
+
+    monkeypatch.setattr("optuna.create_study", fails)
+    for folder in (None, tmp_path / "new"):
+        with pytest.raises(RuntimeError, match="Optuna's own"):
+            tune(drawn, bright, grey, folder=folder)
+    (tmp_path / "journal.log").write_text("{}\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        tune(drawn, bright, grey, folder=tmp_path)
+
+
 def test_without_optuna_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match=r"lossguide\[tune\]"):
