@@ -36,7 +36,8 @@ def grid(recipe: str, work: Work) -> list[dict]:
     if recipe == "tfg":  # rho at x_t, mu at x0; in others' code the best ratio was 2 (restorations), published 1/4 to 8
         return [{}, *(dict(rho=s * c, mu=2 * s * c, sigma=0.01) for s in (0.1, 0.4, 1.6)), dict(rho=c, mu=c / 4)]
     if recipe == "freedom":
-        return [{}, *_strengths(0.3, 3), *(dict(rule="sqrt-alpha", strength=5 * c * s) for s in (0.3, 1, 3))]
+        rms = (dict(rule="rms", **change) for change in ({}, *_strengths(0.3, 3)))
+        return [{}, *rms, *(dict(rule="sqrt-alpha", strength=5 * c * s) for s in (0.3, 1, 3))]
     if recipe == "adam_dps":  # the decay rates are those found for others' code on the restorations
         quick, slow = (Chain((Adam(0.03, *betas), LevelRatio())) for betas in ((0.138, 0.032), (0.69, 0.735)))
         return [

@@ -61,7 +61,7 @@ GUIDED = {
     "mpgd, strength 8": ("mpgd", dict(strength=8.0)),
     "mpgd, strength 32": ("mpgd", dict(strength=32.0)),
     "mpgd, strength 38": ("mpgd", dict(strength=38.0)),  # to about the guide loss that auto leaves
-    "freedom": ("freedom", {}),
+    "freedom": ("freedom", dict(rule="rms")),
     "adam_dps": ("adam_dps", {}),
 }
 """Guided pictures; auto augments and goes through the denoiser, the others see the plain gradient of the classifier."""

@@ -128,7 +128,7 @@ def run(quick: bool = False, fresh: bool = False, only: tuple[str, ...] = (), wo
                             row = rows.add(key | measure(task, solver, steps, remix, judge))
                             print(*key.values(), *(f"{n} {row[n]:.4g}" for n in FIGURES[task]), flush=True)
                     found[task, solver, steps, kind] = rows.get(**key)
-    if not only:
+    if not (only or work):
         (RESULTS / f"{name}.md").write_text(report(found))
 
 

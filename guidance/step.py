@@ -144,7 +144,7 @@ class Run:
         self.watch.begin(prediction, row)
         terms = self._terms(visit.step)
         try:
-            seen = self._look(x, prediction, terms, visit.step, row, source) if terms else None
+            seen = self._look(x, prediction, terms, visit.step, row, source) if self._asks(terms, visit.step) else None
         except FloatingPointError:
             raise  # which says so itself
         except Exception as error:
@@ -184,6 +184,12 @@ class Run:
             row["peak_memory"] = torch.cuda.memory_stats_as_nested_dict(x.device)["allocated_bytes"]["all"]["peak"]
         self.record.add(**row, seconds=time.perf_counter() - started)
         return x_next
+
+    def _asks(self, terms: list, step: int) -> bool:
+        """Whether a visit needs the losses; candidates that are only compared at the end do at the last step alone."""
+        guidance = self.guidance
+        compared = self._population is not None and not guidance.particles.resample and not guidance.needs_gradient
+        return bool(terms) and (not compared or step == len(self.solver) - 1)
 
     def _free(self, step: int) -> torch.Tensor | None:
         """What guidance may move in a step; None for all."""
@@ -402,8 +408,9 @@ class Run:
         """A gradient or a step, exactly zero where the sample may not move."""
         return value if value is None or self._region is None else torch.where(self._region, value, 0)
 
-    def _descent(self, inner: Inner, state: Any, signal: Signal, terms: list, blur: torch.Tensor | None):
-        """How far inner steps move x0, from the signal's x0 and gradient there; and the rule's state after them."""
+    def _descent(self, inner: Inner, state: Any, signal: Signal, terms: list, blur: torch.Tensor | None, strength=1.0):
+        """How far inner steps move x0, from the signal's x0 and gradient there, each times the strength; and the rule's
+        state after them."""
         start = place = signal.x0
         for i in range(inner.iterations):
             if i:
@@ -413,7 +420,7 @@ class Run:
                 move, after = inner.rule.update(signal.within(self._region), state)
                 move = self._noted("step", self._within(torch.where(norm(signal.gradient) > 0, move, 0)))
                 state = kept(self.watch.sound, after, state)
-                place = place - move
+                place = place - strength * move
         if inner.blend:
             level = signal.level
             return level.sigma / (level.alpha + level.sigma) * (place - start), state
@@ -421,8 +428,9 @@ class Run:
 
     def _inner_displacement(self, signal: Signal, terms: list, blur: torch.Tensor | None) -> torch.Tensor:
         """The displacement of x0 by `guidance.inner`; nothing for a sample where something was not finite."""
-        displacement, self._inner_state = self._descent(self.guidance.inner, self._inner_state, signal, terms, blur)
-        return self._noted("step", self.guidance.strength * displacement)
+        given = (signal, terms, blur, self.guidance.strength)
+        displacement, self._inner_state = self._descent(self.guidance.inner, self._inner_state, *given)
+        return self._noted("step", displacement)
 
     def _move(self, signal: Signal, row: dict) -> torch.Tensor:
         """The rule's step to subtract, `(B, ...)`; zero for a sample with a fault, or whose gradient is zero."""

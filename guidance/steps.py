@@ -169,7 +169,8 @@ class SqrtAlpha(StepRule):
 
 @dataclass(frozen=True)
 class Rms(StepRule):
-    """`size * rms(e) / rms(g) * g`, times `s_t / a_t` when `by_level`: FreeDoM for CLIP (Yu et al. 2023)."""
+    """`size * rms(e) / rms(g) * g`, times `s_t / a_t` when `by_level`: with `AncestralShare`, FreeDoM's for CLIP (Yu et
+    al. 2023)."""
 
     size: float = 0.02
     by_level: bool = True
@@ -305,6 +306,15 @@ class LevelRatio(StepRule):
 
     def update(self, signal, state):
         return _over(signal.next_level.alpha, signal.level.alpha) * signal.gradient, state
+
+
+@dataclass(frozen=True)
+class AncestralShare(StepRule):
+    """`c_1 * g`, `c_1 = a' (1 - (a s' / (a' s))^2)` being what x0 counts for in an ancestral step's mean beside `x_t`:
+    a part of FreeDoM's step for CLIP (Yu et al. 2023), small while there is much noise."""
+
+    def update(self, signal, state):
+        return signal.next_level.alpha * signal.level.shared(signal.next_level)[1] * signal.gradient, state
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ def tune(
         progress: show a progress bar, with the best score on it.
 
     A trial fails where its score or a picture is not finite, it raises FloatingPointError, the memory does not hold it,
-    or its settings do not go together. It counts, and the search goes on.
+    its settings do not go together, or, but for the recipe as it is, it raises ValueError, as where its window holds no
+    step. It counts, and the search goes on.
 
     Raises:
         ValueError: the judge is the guide; the folder holds the search of another setup; there is no such setting; or
@@ -219,6 +220,10 @@ def tune(
             return None, str(error)
         try:
             return _scores(draw(guidance, seeds, steps), judge), None
+        except ValueError as error:  # as of a window that holds no step
+            if settings == start:
+                raise
+            return None, str(error).split("\n")[0]
         except (FloatingPointError, MemoryError, torch.cuda.OutOfMemoryError) as error:
             return None, str(error).split("\n")[0] or type(error).__name__
 
@@ -436,6 +441,8 @@ def _suited(distribution: Any, guidance: Guidance, name: str) -> Any:
     """The distribution with the recipe's own value in it, and without choices that the recipe refuses."""
     own = _own_value(guidance, name)
     if not hasattr(distribution, "choices"):
+        if isinstance(own, bool) or not isinstance(own, int | float):
+            raise ValueError(f"'{name}' is {own!r} in '{guidance.name}', no number: give choices to search among")
         options = {"log": distribution.log, "step": distribution.step}
         return type(distribution)(min(distribution.low, own), max(distribution.high, own), **options)
     choices = [own] if own not in distribution.choices else []

@@ -126,7 +126,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny, recipe):
 @pytest.mark.parametrize("recipe", recipes.available())
 def test_every_recipe_lowers_the_loss(tiny, recipe):
     plain = sample(tiny, None, steps=20, seeds=range(4))
-    strength = {"freedom": 10.0, "mpgd": 10.0, "shen": 500.0, "flowdps": 0.001, "dsg": 5.0}.get(recipe, 1.0)
+    strength = {"freedom": 100.0, "mpgd": 10.0, "shen": 500.0, "flowdps": 0.01, "dsg": 5.0}.get(recipe, 1.0)
     loss = squares
     if recipe in ("pigdm", "diffpir", "ddnm"):
         loss = Measurement(operators.SuperResolution(2), torch.full((1, 3, 4, 4), 0.8), 0.05)
@@ -135,6 +135,21 @@ def test_every_recipe_lowers_the_loss(tiny, recipe):
         assert loss(guided.images).mean() < 0.98 * loss(plain.images).mean()
     else:
         assert (loss(guided.images) < 0.9 * loss(plain.images)).all()
+
+
+def test_candidates_that_are_compared_at_the_end_ask_the_loss_at_the_last_step_alone(tiny):
+    seen = []
+
+    def counted(image):
+        seen.append(len(image))
+        return squares(image)
+
+    result = sample(tiny, recipes.best_of_n(counted, count=3), steps=6, seeds=[0, 1])
+    assert seen == [6, 6], "of the last prediction, for the record, and of the pictures"
+    assert [row["step"] for row in result.record.rows if "loss" in row] == [5]
+    seen.clear()
+    sample(tiny, recipes.fk_steering(counted, count=3), steps=6, seeds=[0, 1])
+    assert len(seen) == 7
 
 
 def test_zero_and_nan_gradients_move_nothing_and_are_told(tiny):

@@ -131,8 +131,12 @@ def by_hand(name: str) -> tuple[Guidance, torch.Tensor]:
     if name == "lgd_mc":
         noise = blurred(h, 10, h.s)
         return recipes.lgd_mc(distance), plain - through(lambda x0: log_mean(x0, noise), h)
-    if name == "freedom":
-        return recipes.freedom(distance), plain - 0.02 * rms(h.e) / rms(h.gx) * h.s / h.a * h.gx
+    if name == "freedom":  # c1 as in the authors' code, from the cumulated alphas
+        now, then = h.bars[STEP], h.bars[STEP + 1]
+        c1 = then.sqrt() * (1 - now / then) / (1 - now)
+        return recipes.freedom(distance), plain - 0.02 * rms(h.e) / rms(h.gx) * h.s / h.a * c1 * h.gx
+    if name == "freedom rms":
+        return recipes.freedom(distance, rule="rms"), plain - 0.02 * rms(h.e) / rms(h.gx) * h.s / h.a * h.gx
     if name == "freedom sqrt-alpha":
         return recipes.freedom(distance, rule="sqrt-alpha"), plain - 0.2 * h.a * h.gx
     if name == "universal":
@@ -214,9 +218,9 @@ def by_hand(name: str) -> tuple[Guidance, torch.Tensor]:
 
 
 BY_HAND = (
-    "dps", "shen", "lgd_mc", "freedom", "freedom sqrt-alpha", "universal", "score", "mpgd", "mpgd projected", "tfg",
-    "dsg", "adam_dps", "pigdm", "diffpir", "ddnm", "flowchef", "flowdps", "tds", "noise-scaled", "polyak",
-    "auto, floor known",
+    "dps", "shen", "lgd_mc", "freedom", "freedom rms", "freedom sqrt-alpha", "universal", "score", "mpgd",
+    "mpgd projected", "tfg", "dsg", "adam_dps", "pigdm", "diffpir", "ddnm", "flowchef", "flowdps", "tds",
+    "noise-scaled", "polyak", "auto, floor known",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lossguide.guidance.steps import (
     Adam,
+    AncestralShare,
     AsNoise,
     AsScore,
     Chain,
@@ -186,6 +187,7 @@ def test_steps_of_known_length():
         (SqrtAlpha(0.7), 0.7 * 0.6 * norm(now.gradient)),
         (SigmaScaled(0.7), 0.7 * 0.8 * norm(now.gradient)),
         (LevelRatio(), 0.8 / 0.6 * norm(now.gradient)),
+        (AncestralShare(), 0.8 * (1 - 0.36 / 0.64) / 0.64 * norm(now.gradient)),
         (AsNoise(), 0.6 / 0.8 * norm(now.gradient)),
         (AsScore(0.7), 0.7 * LEVEL.score_gain(AFTER).item() * norm(now.gradient)),
     ):

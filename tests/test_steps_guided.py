@@ -274,10 +274,11 @@ def test_where_pixels_differ_the_way_to_go_is_pulled_back_without_what_it_is_wei
 
 @pytest.mark.parametrize("keep", ["sample", "noise"])
 @pytest.mark.parametrize("blend", [False, True])
-def test_inner_steps_are_gradient_descent_at_x0(keep, blend):
+@pytest.mark.parametrize("strength", [1.0, 0.01])
+def test_inner_steps_are_gradient_descent_at_x0_each_times_the_strength(keep, blend, strength):
     """On a square of distance d, k steps of size h leave (1 - 2 h)^k d."""
-    inner = Inner(3, rule=Constant(0.05), keep=keep, blend=blend)
-    guidance = Guidance(squares, rule=None, through="x0", inner=inner)
+    inner = Inner(3, rule=Constant(0.05 / strength), keep=keep, blend=blend)
+    guidance = Guidance(squares, strength=strength, rule=None, through="x0", inner=inner)
     found, plain, run, level, x0, x = stepped(guidance)
     moved = (0.9**3 - 1) * (x0 - 0.8)
     if blend:

@@ -14,7 +14,7 @@ from lossguide.guidance import tune as tuning
 from lossguide.guidance.cli import main
 from lossguide.guidance.tune import default_space, tune, with_settings
 from lossguide.guidance.tune_plot import plot_history
-from lossguide.losses import ClassLabel, Color, Measurement, operators
+from lossguide.losses import ClassLabel, Color, Measurement, Term, operators
 from lossguide.samplers import TimeTravel, denoiser
 from models import vp_scheduler
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -166,6 +166,24 @@ def test_settings_that_do_not_go_together_fail_and_choices_that_the_recipe_refus
     assert {trial.settings["through"] for trial in tuned.trials} == {"x0", "denoiser"}
     refused = [trial for trial in tuned.trials if trial.settings["start"] >= trial.settings["stop"]]
     assert refused and all("a window needs" in trial.failure for trial in refused)
+
+
+def test_a_window_that_holds_no_step_fails_and_the_search_goes_on(tmp_path):
+    late = Term(bright).during(0.6, 1.0)
+    space = {"stop": CategoricalDistribution((0.3, 1.0))}
+    for trials in (4, 6):
+        tuned = tune(white_noise(), late, grey, recipe="dps", trials=trials, steps=6, space=space, folder=tmp_path)
+    assert len(tuned.trials) == 6 and tuned.settings == {"stop": 1.0}
+    failed = [trial for trial in tuned.trials if trial.score is None]
+    assert failed and all(trial.settings == {"stop": 0.3} and "none of the" in trial.failure for trial in failed)
+    with pytest.raises(ValueError, match="none of the"):  # the recipe's own trial tells the user at once
+        tune(white_noise(), late, grey, recipe=lambda loss: recipes.dps(loss, stop=0.3), trials=2, steps=6, space=space)
+
+
+def test_numbers_are_not_searched_for_what_is_none():
+    with pytest.raises(ValueError, match="'remix' is 'ancestral' in 'mine', no number"):
+        recipe = lambda loss: recipes.dps(loss, remix="ancestral", name="mine")
+        tune(drawn, bright, grey, recipe=recipe, space={"remix": FloatDistribution(0, 1)})
 
 
 @pytest.mark.parametrize("recipe", recipes.available())

@@ -13,7 +13,7 @@ TASK = Task(
         *USUAL,
         Method("mpgd", "mpgd", dict(strength=8.0)),
         Method("dps", "dps", dict(strength=30.0)),
-        Method("freedom", "freedom"),
+        Method("freedom", "freedom", dict(rule="rms")),
         Method("tfg", "tfg", dict(rho=4.0, mu=8.0, sigma=0.01)),
         Method("adam_dps", "adam_dps"),
     ],

@@ -11,7 +11,7 @@ TASK = Task(
     methods=[
         *USUAL,
         Method("mpgd", "mpgd"),
-        Method("freedom", "freedom"),
+        Method("freedom", "freedom", dict(rule="rms")),
         Method("dps", "dps", dict(strength=20.0)),
     ],
     budgets=(50,),

@@ -29,9 +29,9 @@ TASK = Task(
             "freedom",
             "freedom",
             by_work={
-                SUPER: dict(strength=3.0),
+                SUPER: dict(rule="rms", strength=3.0),
                 INPAINT: dict(rule="sqrt-alpha", strength=75.0),
-                DEBLUR: dict(strength=3.0),
+                DEBLUR: dict(rule="rms", strength=3.0),
             },
         ),
         Method(

@@ -11,7 +11,7 @@ TASK = Task(
     methods=[
         *USUAL,
         Method("mpgd", "mpgd", dict(strength=4.0)),
-        Method("freedom", "freedom"),
+        Method("freedom", "freedom", dict(rule="rms")),
         Method("tfg", "tfg", dict(rho=3000.0, mu=6000.0, sigma=0.01)),
     ],
     budgets=(50,),
