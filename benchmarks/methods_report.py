@@ -43,11 +43,19 @@ RMSE to the measurement, time of a step over that of a forward."""
 
 @dataclass(frozen=True)
 class Entry:
-    """What has been measured of a recipe on a work: rows by "default", "best", "fresh default" and "fresh best"."""
+    """What has been measured of a recipe on a work: rows by "default", "best", "fresh default" and "fresh best".
+
+    Attributes:
+        edge: whether the best settings stand at the end of the grid.
+        searched: pictures that they were searched on.
+        part: whether it is another form of the recipe before it, without a grid of its own.
+    """
 
     recipe: str
     runs: dict[str, dict | None]
     edge: bool = False
+    searched: int | None = None
+    part: bool = False
 
     def run(self, name: str) -> dict | None:
         row = self.runs.get(name)
@@ -89,11 +97,20 @@ def ratio(row: dict) -> float:
     return row["seconds_per_visit"] / row["forward_seconds"]
 
 
+def cost(row: dict) -> float:
+    """The time of a step of the solver, with all of its visits and the guide's passes, over that of one bare forward of
+    as many pictures; processor time where it was counted, which other programs do not stretch."""
+    if "processor_seconds" not in row:
+        return row["visits"] * ratio(row) / row["steps"]
+    forward = row["forward_processor_seconds"] / row["forward_batch"]
+    return row["processor_seconds"] / row["pictures"] / row["steps"] / forward
+
+
 def candidates(work: Work, entries: list[Entry]) -> list[tuple[float, str]]:
     """Every method at its best, the best first: figure and what it is."""
     found = []
     for entry in entries:
-        if entry.recipe in ("trivial", "unguided"):
+        if entry.recipe in ("trivial", "unguided") or entry.part:
             continue
         for name in ("default", "best"):
             value = figure(entry.run(name), work)
@@ -127,11 +144,11 @@ def report(tables: list[tuple[Work, list[Entry]]], name: str) -> str:
         f"`python -m benchmarks run methods{' --quick' if quick else ''}`",
         "",
         *(["Two pictures and two steps, only to see that all of it runs.", ""] if quick else []),
-        "`default`: strength 1. `best`: the best settings of a grid, by the same figure on other pictures; a `*` means "
-        "that they stand at the end of the grid. `fresh`: both once more on fresh pictures, with the standard error "
-        "over pictures; `to auto`: how much better (above 0) or worse than auto's default on the same fresh pictures. "
-        "`visits`: steps visited per picture. `x forward`: median time of a visit over that of one bare forward of the "
-        "denoiser at the same batch in the same run.",
+        "`default`: strength 1. `found`: the settings of a grid that did best by the same figure on other, few "
+        "pictures (so that they may do worse here); a `*` means that they stand at the end of the grid. `visits`: "
+        "steps visited per picture. `cost`: time per step of the solver, with all its visits and the guide's own "
+        "passes, over that of one bare forward of the denoiser in the same run; others' code is told likewise. "
+        "Processor time where it was counted, else wall-clock time of a machine with other work.",
         "",
         "## Is auto's default within 5 % of the best method at its best?",
         "",
@@ -150,7 +167,8 @@ def report(tables: list[tuple[Work, list[Entry]]], name: str) -> str:
             f"{100 * found['worse']:.1f} % | {'yes' if found['within'] else 'no'} |"
         )
     for work, entries in tables:
-        lines += ["", f"## {work.name}", "", f"{work.about}.", "", *_table(work, entries)]
+        lines += ["", f"## {work.name}", "", f"{work.about}. {_counts(entries)}".strip(), "", *_table(work, entries)]
+        lines += [*_fresh(work, entries), *_missing(entries)]
     if any(work.name in OTHERS for work, _ in tables):
         lines += [
             "",
@@ -164,39 +182,72 @@ def report(tables: list[tuple[Work, list[Entry]]], name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _counts(entries: list[Entry]) -> str:
+    """How many pictures the figures are of."""
+    counts = {}
+    for entry in entries:
+        for name, row in entry.runs.items():
+            if row is not None and "pictures" in row:
+                counts.setdefault("fresh" if name.startswith("fresh") else "measured", row["pictures"])
+        if entry.searched:
+            counts.setdefault("searched", entry.searched)
+    told = {"measured": "pictures", "searched": "others to search on", "fresh": "fresh ones"}
+    return "; ".join(f"{counts[name]} {what}" for name, what in told.items() if name in counts) + "." * bool(counts)
+
+
 def _table(work: Work, entries: list[Entry]) -> list[str]:
     lines = [
-        f"| recipe | default: {work.figure} | the rest | best settings | best: {work.figure} | the rest "
-        "| fresh, default | fresh, best | default to auto | best to auto | visits | x forward |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| recipe | default: {work.figure} | the rest | found | {work.figure} | the rest | visits | cost |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    auto = next((entry.run("fresh default") for entry in entries if entry.recipe == "auto"), None)
     for entry in entries:
-        if not any(entry.runs.values()):
-            continue
         default, best = entry.run("default"), entry.run("best")
+        if entry.runs.get("default") is None and best is None:
+            continue
+        timed = default or best
+        timed = timed if timed is not None and "visits" in timed else None
         cells = [
             entry.recipe,
-            _number(default, work) if default else _failed(entry.runs.get("default")),
+            _with_error(default, work) if default else _failed(entry.runs.get("default")),
             _rest(default, work),
             settings(best) + " *" * entry.edge if best else "",
-            _number(best, work),
+            _with_error(best, work),
             _rest(best, work),
+            str(timed["visits"]) if timed else "",
+            f"{cost(timed):.2f}" if timed else "",
         ]
-        for name in ("fresh default", "fresh best"):
-            cells.append(_with_error(entry.run(name), work))
-        for name in ("fresh default", "fresh best"):
-            cells.append(
-                _paired(entry.run(name), auto, work) if entry.recipe != "auto" or name != "fresh default" else ""
-            )
-        cost = default or best
-        timed = cost is not None and "visits" in cost
-        cells += [str(cost["visits"]) if timed else "", f"{ratio(cost):.2f}" if timed else ""]
         lines.append(f"| {' | '.join(cells)} |")
-    for method, (lpips, psnr, rmse, cost) in OTHERS.get(work.name, {}).items():
+    for method, (lpips, psnr, rmse, passes) in OTHERS.get(work.name, {}).items():
         rest = f"psnr {psnr:.2f}, rmse {rmse:.3f}"
-        lines.append(f"| {method}, others' code | | | best of four | {lpips:.4g} | {rest} | | | | | | {cost:.2f} |")
+        lines.append(f"| {method}, others' code | | | best of four | {lpips:.4g} | {rest} | | {passes:.2f} |")
     return lines
+
+
+def _fresh(work: Work, entries: list[Entry]) -> list[str]:
+    """What was measured on fresh pictures, beside auto's default on the same ones."""
+    auto = next((entry.run("fresh default") for entry in entries if entry.recipe == "auto"), None)
+    lines = []
+    for entry in entries:
+        told = []
+        for name in ("fresh default", "fresh best"):
+            row = entry.run(name)
+            if row is None or settings(row) in told:
+                continue
+            told.append(settings(row))
+            better = "" if row is auto else _paired(row, auto, work)
+            lines.append(f"| {entry.recipe} | {settings(row)} | {_with_error(row, work)} | {better} |")
+    head = [f"| on fresh pictures | settings | {work.figure} | better than auto's default by |", "|---|---|---|---|"]
+    return ["", *head, *lines] if lines else []
+
+
+def _missing(entries: list[Entry]) -> list[str]:
+    """Which recipes have not been measured, or not searched."""
+    bare = ("trivial", "unguided")
+    entries = [entry for entry in entries if entry.recipe not in bare and not entry.part]
+    absent = [entry.recipe for entry in entries if entry.runs.get("default") is None]
+    unsearched = [entry.recipe for entry in entries if entry.run("default") and entry.run("best") is None]
+    told = [("Not measured", absent), ("Only at the default", unsearched)]
+    return [part for what, names in told if names for part in ("", f"{what}: {', '.join(names)}.")]
 
 
 def _failed(row: dict | None) -> str:

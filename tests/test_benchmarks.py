@@ -189,7 +189,7 @@ def test_runs_that_another_process_is_at_are_left_to_it(toy, tmp_path):
 def row(figures, change=None, spread=0.0, **more):
     per_picture = {name: [value - spread, value + spread] for name, value in figures.items()}
     errors = dict.fromkeys(figures, spread)
-    cost = dict(seconds_per_visit=4.0, forward_seconds=2.0, visits=75)
+    cost = dict(seconds_per_visit=4.0, forward_seconds=2.0, visits=75, steps=50, pictures=8)
     return dict(change=change or {}, figures=figures, per_picture=per_picture, errors=errors, **cost, **more)
 
 
@@ -217,6 +217,7 @@ def test_the_report_shows_what_is_there_and_others_figures_beside_it():
             "auto", {"default": row({"lpips": 0.06, "psnr": 17.0}), "fresh default": row({"lpips": 0.07, "psnr": 1.0})}
         ),
         Entry("mpgd", {"default": failed, "fresh best": row({"lpips": 0.09, "psnr": 1.0}, {"strength": 2.0}, 0.01)}),
+        Entry("dps", {"default": None, "best": None}, searched=2),
     ]
     one = Work("real-super-resolution", "Real", lambda: None, lambda which: None, "lpips", False, 1.0)
     empty = Work("toy", "A toy", lambda: None, lambda which: None, "hit", True, 1.0)
@@ -224,8 +225,13 @@ def test_the_report_shows_what_is_there_and_others_figures_beside_it():
     assert "On 1 of 1 measured." in text and "| toy | hit, higher is better | | | | | not measured |" in text
     assert "failed: ValueError: no" in text and "FreeDoM, others' code" in text
     assert "0.09 ± 0.01" in text and "-0.02 ± 0.01" in text
-    header, *body = [line for line in text.splitlines() if line.startswith("|") and line.count("|") > 10]
-    assert all(line.count("|") == header.count("|") for line in body)
+    header, *body = [line for line in text.splitlines() if line.startswith("|") and line.count("|") > 8]
+    assert body and all(line.count("|") == header.count("|") for line in body)
+    assert "Real. 8 pictures; 2 others to search on; 8 fresh ones." in text
+    assert "Not measured: dps." in text and "Only at the default: auto." in text
+    assert methods_report.cost(row({})) == 3.0  # 75 visits of 2 forwards each in 50 steps
+    spent = dict(processor_seconds=600.0, forward_processor_seconds=4.0, forward_batch=4)
+    assert methods_report.cost(row({}, **spent)) == 1.5  # 1.5 s for a picture's step, 1 s for its forward
 
 
 def test_grids_start_at_the_default_and_every_recipe_has_a_place():
