@@ -77,8 +77,10 @@ def auto(loss, strength: float = 1.0, cost: float | None = None, **changes: Any)
     """
     if cost is not None and not cost >= 1:
         raise ValueError(f"cost is at least 1, that of the unguided sampler, got {cost}")
-    content = loss is None or any(term.augment for term in as_losses(loss).terms())
-    known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in as_losses(loss).terms())
+    terms = [] if loss is None else as_losses(loss).terms()
+    content = loss is None or any(term.augment for term in terms)
+    known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in terms)
+    edit = "mean" if known else "shift"
     if known:
         settings = dict(
             rule=Shortest((Reach(1.3), Unit(1.0))),
@@ -93,19 +95,10 @@ def auto(loss, strength: float = 1.0, cost: float | None = None, **changes: Any)
             stop=0.8 if content else 1.0,
         )
     if cost is not None:
-        share = min((cost - 1) / _BACKWARD, 1.0)
-        settings |= dict(time_travel=None, **(dict(through_share=share) if share else dict(through="x0")))
+        settings |= _within_cost(cost, edit, changes)
         if content and not known:
             settings["rule"] = NoiseScaled(0.28, fading=True)  # fewer visits, whose steps add up to as much
-    asked, edit = settings | changes, "mean" if known else "shift"
-    if cost is not None:
-        through = 0 if asked.get("through") == "x0" else asked.get("through_share", 1)
-        if through > share or asked["time_travel"] is not None or asked.get("particles") is not None:
-            more = [name for name in ("through", "through_share", "time_travel", "particles") if name in changes]
-            raise ValueError(f"cost={cost} does not pay {' and '.join(more)} as given; leave out either")
-    if cost is not None and asked.get("through") == "x0":
-        settings["edit"] = edit
-    elif asked.get("through_share", 1) < 1:
+    elif changes.get("through_share", 1) < 1:
         settings["edit_between"] = edit
     return _build(
         loss,
@@ -117,6 +110,22 @@ def auto(loss, strength: float = 1.0, cost: float | None = None, **changes: Any)
         clock="noise",
         **settings,
     )
+
+
+def _within_cost(cost: float, edit: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """What of `auto` a cost pays for; `edit` is where steps that do not go through the denoiser land."""
+    share = min((cost - 1) / _BACKWARD, 1.0)
+    settings = dict(time_travel=None, **(dict(through_share=share) if share else dict(through="x0")))
+    asked = settings | changes
+    through = 0 if asked.get("through") == "x0" else asked.get("through_share", 1)
+    if through > share or asked["time_travel"] is not None or asked.get("particles") is not None:
+        more = [name for name in ("through", "through_share", "time_travel", "particles") if name in changes]
+        raise ValueError(f"cost={cost} does not pay {' and '.join(more)} as given; leave out either")
+    if asked.get("through") == "x0":
+        settings["edit"] = edit
+    elif asked.get("through_share", 1) < 1:
+        settings["edit_between"] = edit
+    return settings
 
 
 @_recipe
