@@ -97,11 +97,11 @@ def ratio(row: dict) -> float:
     return row["seconds_per_visit"] / row["forward_seconds"]
 
 
-def cost(row: dict) -> float:
-    """The time of a step of the solver, with all of its visits and the guide's passes, over that of one bare forward of
-    as many pictures; processor time where it was counted, which other programs do not stretch."""
+def cost(row: dict) -> float | None:
+    """The processor time of a step of the solver, with all of its visits and the guide's passes, over that of one bare
+    forward of as many pictures; None where it was not counted (time by the clock, other programs stretch)."""
     if "processor_seconds" not in row:
-        return row["visits"] * ratio(row) / row["steps"]
+        return None
     forward = row["forward_processor_seconds"] / row["forward_batch"]
     return row["processor_seconds"] / row["pictures"] / row["steps"] / forward
 
@@ -139,16 +139,17 @@ def report(tables: list[tuple[Work, list[Entry]]], name: str) -> str:
     good = sum(found["within"] for _, found in measured)
     quick = name.endswith("quick")
     lines = [
-        "# Every recipe on ten pairs of a model and a task",
+        "# Recipes on ten pairs of a model and a task",
         "",
         f"`python -m benchmarks run methods{' --quick' if quick else ''}`",
         "",
         *(["Two pictures and two steps, only to see that all of it runs.", ""] if quick else []),
         "`default`: strength 1. `found`: the settings of a grid that did best by the same figure on other, few "
         "pictures (so that they may do worse here); a `*` means that they stand at the end of the grid. `visits`: "
-        "steps visited per picture. `cost`: time per step of the solver, with all its visits and the guide's own "
-        "passes, over that of one bare forward of the denoiser in the same run; others' code is told likewise. "
-        "Processor time where it was counted, else wall-clock time of a machine with other work.",
+        "steps visited per picture. `cost`: processor time per step of the solver, with all its visits and the "
+        "guide's own passes, over that of one bare forward of the denoiser in the same run, where it was counted; "
+        "others' code is told likewise. ±: standard error over pictures. `trivial`: what needs no model, such as "
+        "bicubic interpolation. The grids are in `benchmarks/grids.py`.",
         "",
         "## Is auto's default within 5 % of the best method at its best?",
         "",
@@ -214,7 +215,7 @@ def _table(work: Work, entries: list[Entry]) -> list[str]:
             _with_error(best, work),
             _rest(best, work),
             str(timed["visits"]) if timed else "",
-            f"{cost(timed):.2f}" if timed else "",
+            f"{cost(timed):.2f}" if timed and cost(timed) else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     for method, (lpips, psnr, rmse, passes) in OTHERS.get(work.name, {}).items():

@@ -95,11 +95,15 @@ def lacks_memory(error: Exception) -> bool:
 BAD = (ValueError, LookupError, OSError)
 
 
-def _tuned(path: Path) -> dict[str, Any]:
-    """The settings in a file that `lossguide tune` wrote."""
+def _tuned(path: Path, recipe: str) -> dict[str, Any]:
+    """The settings in a file that `lossguide tune` wrote, for this recipe."""
     found = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
         raise ValueError(f"'{path}' is not what `lossguide tune` writes: it has no settings")
+    own = found.get("guidance")
+    name = own.get("name") if isinstance(own, dict) else None
+    if isinstance(name, str) and name in recipes.available() and name != recipe:
+        raise ValueError(f"'{path}' was found for another recipe than '{recipe}': add --recipe {name}")
     return found["settings"]
 
 
@@ -134,7 +138,7 @@ class Job:
         guidance = self.recipe(loss, strength=self.run["strength"])
         if self.run.get("tuned") is not None:
             with told(*BAD, TypeError):
-                guidance = with_settings(guidance, _tuned(self.run["tuned"]))
+                guidance = with_settings(guidance, _tuned(self.run["tuned"], guidance.name))
         size = self.model.size or (64, 64)
         image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.model.device)
         with loss_told():

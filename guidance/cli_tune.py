@@ -16,7 +16,7 @@ from .cli_job import BAD, Job, Problem, told
 from .cli_model import check_model
 from .cli_options import IMAGES, STEPS
 from .cli_tokens import NAME as TOKENS
-from .tune import SEEDS, tune
+from .tune import SEEDS, default_space, tune
 
 # what `generate` can be told besides, and tuning leaves at its defaults
 _LEFT = {"strength": 1.0, "scheduler": None, "dtype": "float32", "batch_size": None, "quiet": False}
@@ -128,10 +128,16 @@ def tune_command(context: click.Context, prompt, losses, judge, trials, **run: A
     if tuned.settings == own.settings:
         click.echo(f"Nothing was better than {run['recipe']} as it is.")
     else:
-        doubtful = None in (fresh.own, fresh.best) or fresh.own - fresh.best < 2 * (fresh.error or 0)
+        doubtful = None in (fresh.own, fresh.best, fresh.error) or fresh.own - fresh.best < 2 * fresh.error
         if doubtful:
             click.echo("Fresh seeds do not confirm the gain: score more pictures, with --num-images.")
         click.echo("best: " + ", ".join(f"{name} {value}" for name, value in tuned.settings.items()))
+        searched = default_space()["strength"]
+        if not 1.2 * searched.low < tuned.settings.get("strength", 1.0) < searched.high / 1.2:
+            click.echo(
+                f"Its strength is at the end of what was searched, {searched.low:g} to {searched.high:g}: try others "
+                "with `lossguide generate --strength`, or search further in Python: lossguide.guidance.tune.tune."
+            )
         click.echo(f"{'to use it all the same' if doubtful else 'use it'}: {_generate(run, prompt, losses, folder)}")
     click.echo(f"{folder / 'history.png'} and more beside it; to go on: {further}")
 

@@ -58,6 +58,16 @@ class Inner:
         return level.x0_variance if self.rule.natural else None
 
 
+_PARTS = {
+    "rule": "a step rule such as steps.Constant(1.0)",
+    "augment": "an Augment",
+    "smoothing": "a Smoothing",
+    "inner": "an Inner",
+    "time_travel": "a TimeTravel such as TimeTravel(3, 0.25, 0.75)",
+    "particles": "a Particles",
+}
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What is done at each step of a masked-token generator, besides `inner` steps on its logits.
@@ -151,6 +161,9 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.loss is not None:
             object.__setattr__(self, "loss", as_losses(self.loss))
+        for name, wanted in _PARTS.items():
+            if isinstance(getattr(self, name), (str, numbers.Number)):
+                raise ValueError(f"{name} is {wanted} or None, got {getattr(self, name)!r}")
         if self.through not in THROUGH:
             raise ValueError(f"through is one of {', '.join(THROUGH)}, got {self.through!r}")
         if self.edit not in EDITS:

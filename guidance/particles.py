@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,8 @@ class Particles:
     twisted: bool = False
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"particles need count >= 1, got {self.count}")
+        if not isinstance(self.count, numbers.Integral) or self.count < 1:
+            raise ValueError(f"particles need a whole count >= 1, got {self.count!r}")
         if not 0 < self.sharpness < float("inf"):
             raise ValueError(f"sharpness is positive, got {self.sharpness}")
         if self.pick not in PICKS:

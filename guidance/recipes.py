@@ -9,6 +9,8 @@ they are. Left out are methods that optimise the first noise through the whole r
 from __future__ import annotations
 
 import difflib
+import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +77,8 @@ def auto(loss, strength: float = 1.0, cost: float | None = None, **changes: Any)
     Raises:
         ValueError: `cost` is below 1, or settings ask for more than it pays.
     """
-    if cost is not None and not cost >= 1:
-        raise ValueError(f"cost is at least 1, that of the unguided sampler, got {cost}")
+    if cost is not None and (not isinstance(cost, numbers.Real) or not cost >= 1):
+        raise ValueError(f"cost is at least 1, that of the unguided sampler, got {cost!r}")
     terms = [] if loss is None else as_losses(loss).terms()
     content = loss is None or any(term.augment for term in terms)
     known = loss is not None and all(getattr(term.loss, "floor", None) is not None for term in terms)
@@ -152,7 +154,7 @@ def dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """Diffusion posterior sampling: x_{t-1} -= strength * g_x (Chung et al. 2023).
 
     Losses see pictures in [0, 1], where distances are half of the paper's: strength 1 is its zeta of 0.5, for 1000
-    steps; 50 want 10 to 20 times as much.
+    steps; restorations at 50 want 10 to 20 times as much.
     """
     return _build(
         loss,
@@ -167,7 +169,7 @@ def dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 
 @_recipe
 def freedom(loss, strength: float = 1.0, rule: str = "clip", **changes: Any) -> Guidance:
-    """FreeDoM: a step by rms of noise over rms of gradient, and time travel x3 (Yu et al. 2023).
+    """FreeDoM: a step by rms of noise over rms of gradient, times the level, and time travel x3 (Yu et al. 2023).
 
     Args:
         rule: "clip", as published for text: 0.02 rms(e) / rms(g) s/a c_1, with c_1 of `AncestralShare`; "rms", the same
@@ -563,11 +565,13 @@ def _build(loss, strength: float, changes: dict[str, Any], **defaults: Any) -> G
         unknown = set(changes) - set(Guidance.__dataclass_fields__)
         if not unknown:
             raise
-        close = difflib.get_close_matches(min(unknown), Guidance.__dataclass_fields__, 1)
+        own = _RECIPES.get(defaults["name"], tokens)
+        known = [name for name in inspect.signature(own).parameters if name not in ("loss", "changes")]
+        known += [name for name in Guidance.__dataclass_fields__ if name not in ("loss", *known)]
+        close = difflib.get_close_matches(min(unknown), known, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise TypeError(
-            f"a recipe has no setting {', '.join(sorted(unknown))}; {hint}"
-            f"settings are {', '.join(Guidance.__dataclass_fields__)}"
+            f"a recipe has no setting {', '.join(sorted(unknown))}; {hint}settings are {', '.join(known)}"
         ) from error
 
 
@@ -586,8 +590,8 @@ def get(name: str) -> Callable[..., Guidance]:
         return _RECIPES[name]
     if name == "tokens":
         return tokens
-    close = difflib.get_close_matches(name, _RECIPES, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    close = difflib.get_close_matches(name, _RECIPES, 3)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise LookupError(f"no recipe {name!r}; {hint}recipes are {', '.join(_RECIPES)}")
 
 

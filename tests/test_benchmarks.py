@@ -229,7 +229,7 @@ def test_the_report_shows_what_is_there_and_others_figures_beside_it():
     assert body and all(line.count("|") == header.count("|") for line in body)
     assert "Real. 8 pictures; 2 others to search on; 8 fresh ones." in text
     assert "Not measured: dps." in text and "Only at the default: auto." in text
-    assert methods_report.cost(row({})) == 3.0  # 75 visits of 2 forwards each in 50 steps
+    assert methods_report.cost(row({})) is None
     spent = dict(processor_seconds=600.0, forward_processor_seconds=4.0, forward_batch=4)
     assert methods_report.cost(row({}, **spent)) == 1.5  # 1.5 s for a picture's step, 1 s for its forward
 

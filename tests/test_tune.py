@@ -311,3 +311,20 @@ def test_generate_takes_what_tune_found(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     guidance = json.loads((tmp_path / "x" / "settings.json").read_text())["guidance"]
     assert (guidance["name"], guidance["strength"], guidance["stop"]) == ("dps", 3.0, 0.5)
+    (tmp_path / "best.json").write_text(json.dumps({"settings": {"strength": 3.0}, "guidance": guidance}))
+    other = CliRunner().invoke(main, shlex.split(arguments.replace("--recipe dps ", "")))
+    assert other.exit_code == 2 and "found for another recipe than 'auto': add --recipe dps" in other.stderr
+
+
+def test_one_picture_confirms_nothing_and_strengths_at_the_end_of_the_range_are_told(tmp_path, monkeypatch):
+    def found(model, loss, judge, recipe, *, folder, **_):
+        guidance = recipes.dps(loss, strength=9.5)
+        trials = (tuning.Trial(0, {"strength": 1.0}, 2.0, 0.1), tuning.Trial(1, {"strength": 9.5}, 1.0, 0.1))
+        return tuning.Tuned(guidance, {"strength": 9.5}, 1.0, tuning.Fresh([1], 2.0, 1.0, None), trials)
+
+    monkeypatch.setattr("lossguide.guidance.cli_tune.tune", found)
+    arguments = ["tune", "ankle boot", "--recipe", "dps", "--num-images", "1", "--out", str(tmp_path / "t")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "do not confirm the gain" in result.stdout
+    assert "at the end of what was searched, 0.1 to 10" in result.stdout
