@@ -110,6 +110,7 @@ def generate(context: click.Context, prompt, losses, clip_model, clip_pretrained
       lossguide generate "ankle boot"
       lossguide generate "ankle boot" --num-images 50000 --out boots --resume
       lossguide generate --loss class-label:bag --recipe dps --strength 2
+      lossguide generate "ankle boot" --recipe freedom --set rule=rms
       lossguide generate "ankle boot" --rerank likelihood --rerank-from 8
       lossguide generate sandal --model demo-tokens
       lossguide generate dress --source pullover.png --change-map lower-half.png

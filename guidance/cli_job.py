@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +30,7 @@ from .cli_tokens import TokenModel
 from .contact_sheet import Block, contact_sheet
 from .gradient import loss_gradient
 from .guidance import Guidance
+from .saved import check_types
 from .steps import UnsuitableSolver
 from .tune import with_settings
 
@@ -107,6 +111,32 @@ def _tuned(path: Path, recipe: str) -> dict[str, Any]:
     return found["settings"]
 
 
+def _assigned(recipe: Callable[..., Guidance], words: Sequence[str]) -> dict[str, Any]:
+    """Settings of a recipe written as NAME=VALUE, the value as JSON or as plain text.
+
+    Raises:
+        ValueError: one is written otherwise, has an option of its own, or its value is of another type.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--set takes NAME=VALUE, such as rule=rms, got '{word}'")
+        if name in ("loss", "strength", "name", "citation"):
+            raise ValueError(f"--set does not set {name}")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is a finite number, got {text}")
+        settings[name] = value
+    own = {name for name in inspect.signature(recipe).parameters if name != "changes"}
+    for kind, known in ((recipe, own), (Guidance, set(Guidance.__dataclass_fields__) - own)):
+        check_types(kind, {name: value for name, value in settings.items() if name in known})
+    return settings
+
+
 class Job:
     """One run of a command: its model, its seeds, and what all commands do with them."""
 
@@ -135,7 +165,9 @@ class Job:
 
     def guidance(self, loss: Composable) -> Guidance:
         """The recipe over a loss, which is tried once: a loss that cannot work is told before the work begins."""
-        guidance = self.recipe(loss, strength=self.run["strength"])
+        with told(*BAD, TypeError):
+            changes = _assigned(self.recipe, self.run.get("changes", ()))
+            guidance = self.recipe(loss, strength=self.run["strength"], **changes)
         if self.run.get("tuned") is not None:
             with told(*BAD, TypeError):
                 guidance = with_settings(guidance, _tuned(self.run["tuned"], guidance.name))

@@ -35,6 +35,13 @@ def shared(num_images: int) -> Callable[[Callable], Callable]:
         option("--model", default="demo", **shown, help="demo, demo-tokens, a folder of diffusers, or a hub id."),
         option("--recipe", default="auto", callback=_recipe, **shown, help="Method; `lossguide recipes` lists them."),
         option("--strength", type=click.FloatRange(0), default=1.0, **shown, help="Factor of every step."),
+        option(
+            "--set",
+            "changes",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="A setting of the recipe, such as rule=rms of freedom; also several times.",
+        ),
         option("--steps", type=STEPS, default=50, **shown, help="Solver steps; by demo-tokens 8."),
         option(
             "--scheduler",

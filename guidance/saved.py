@@ -17,6 +17,7 @@ import os
 import tempfile
 import types
 import typing
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,11 @@ def _made(data: Any, tensors: dict[str, torch.Tensor], place: tuple) -> Any:
         raise ValueError(f"{here}: {error}") from error
 
 
-def check_types(kind: type, arguments: dict[str, Any], place: tuple = ()) -> None:
-    """Raises ValueError where arguments are not what the constructor's annotations say; `place` is theirs in a file."""
-    hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+def check_types(kind: Callable, arguments: dict[str, Any], place: tuple = ()) -> None:
+    """Raises ValueError where arguments are not what a class's or function's annotations say; `place` is theirs in a
+    file."""
+    described = kind if dataclasses.is_dataclass(kind) or inspect.isfunction(kind) else kind.__init__
+    hints = typing.get_type_hints(described)
     known = inspect.signature(kind).parameters
     for name, value in arguments.items():
         row = known[name].kind is inspect.Parameter.VAR_POSITIONAL

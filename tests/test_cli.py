@@ -115,6 +115,18 @@ def test_generate_writes_pictures_sheet_record_and_the_command_that_gives_the_sa
     assert (place / "made-2").is_dir() and pictures(place / "made-2") == pictures(folder)
 
 
+def test_settings_of_a_recipe_are_set_and_told_in_the_command(place):
+    own = ("--recipe", "tfg", "--set", "rho=0.5", "--set", "mu_schedule=constant", "--set", "stop=0.9")
+    works("generate", *BRIGHT, *QUICK, *own, "--steps", 3, "--out", "made")
+    settings = json.loads((place / "made" / "settings.json").read_text())
+    guidance = settings["guidance"]
+    assert guidance["rule"]["rules"][0]["size"] == 0.5 and guidance["stop"] == 0.9
+    assert guidance["inner"]["rule"]["schedule"] == "constant"
+    assert "--set rho=0.5 --set mu_schedule=constant --set stop=0.9" in settings["command"]
+    works(*shlex.split(settings["command"])[1:])
+    assert pictures(place / "made-2") == pictures(place / "made")
+
+
 def test_the_pictures_do_not_depend_on_the_batch(place):
     works("generate", *BRIGHT, "--steps", 3, "--num-images", 3, "-q", "--out", "a")
     works("generate", *BRIGHT, "--steps", 3, "--num-images", 3, "-q", "--out", "b", "--batch-size", 2)
@@ -284,6 +296,19 @@ BAD = {
     "outside the demo": (["generate", "a red dog"], "'a red dog' does not name exactly one"),
     "two classes": (["generate", "a bag and a boot"], "--clip-model"),
     "no such recipe": (["generate", *BRIGHT, "--recipe", "fredom"], "did you mean 'freedom'"),
+    "no such setting": (
+        ["generate", *BRIGHT, "--recipe", "tfg", "--set", "roh=2"],
+        "did you mean rho?",
+    ),
+    "a setting of another type": (["generate", *BRIGHT, "--recipe", "tfg", "--set", "rho=big"], "rho of tfg is float"),
+    "a setting beyond numbers": (["generate", *BRIGHT, "--recipe", "tfg", "--set", "rho=1e999"], "a finite number"),
+    "a setting without a value": (["generate", *BRIGHT, "--set", "stop"], "--set takes NAME=VALUE"),
+    "a setting in vain": (["generate", *BRIGHT, "--set", "strength=2"], "--set does not set strength"),
+    "no such choice": (["generate", *BRIGHT, "--recipe", "freedom", "--set", "rule=rmss"], "clip, rms, sqrt-alpha"),
+    "no part in a word": (
+        ["generate", *BRIGHT, "--recipe", "dps", "--set", "rule=adam"],
+        "rule of Guidance is",
+    ),
     "no such scheduler": (["generate", *BRIGHT, "--scheduler", "eular"], "did you mean 'euler'"),
     "no such option": (["generate", *BRIGHT, "--stpes", "3"], "--steps"),
     "no such command": (["generat", "a boot"], "generat"),
