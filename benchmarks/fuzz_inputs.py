@@ -178,6 +178,12 @@ _BY_NAME = {
     "prompt": lambda rng: rng.choice(PROMPTS),
     "model": lambda rng: rng.choice(("demo", "demo", "demo-tokens", "model", "no-model", "a/b", "broken-model")),
     "recipe": lambda rng: rng.choice([*recipes.available(), "tokens"]),
+    "changes": lambda rng: (
+        rng.choice(("rule=", "rho=", "stop=", "count=", "inner=", "through=", "time_travel=", "", "="))
+        + rng.choice(
+            ("rms", "x0", "0.5", "2", "1e999", "-1", "NaN", "[[1]]", "{}", "null", "true", "[" * 5000, *NUMBERS)
+        )
+    ),
     "scheduler": lambda rng: rng.choice(("ddim", "ddpm", "euler", "euler-ancestral", "dpm++", "dpm++-sde", "unipc")),
     "device": lambda rng: rng.choice(("cpu", "auto", "cuda", "cuda:7", "meta", "mps", "cpu:3")),
     "out": lambda rng: rng.choice(

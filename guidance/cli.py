@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -243,11 +244,21 @@ def restore(context: click.Context, photo, task, mask, degrade, resize, **option
             job.say("The pictures do not fit the photo: take more --steps, or a --model of such pictures.")
 
 
+_APART = ("loss", "strength", "project", "changes")  # of a recipe, what --set cannot set
+
+
 @main.command("recipes")
 def list_recipes() -> None:
     """List the methods that --recipe takes."""
-    rows = [(name, (method.__doc__ or "").strip().split("\n")[0]) for name, method in methods.available().items()]
-    _table(rows, f"Use one with --recipe NAME; for --model {TOKENS}, auto or tokens.")
+    rows = []
+    for name, method in methods.available().items():
+        own = [one for one in inspect.signature(method).parameters if one not in _APART]
+        rows.append((name, (method.__doc__ or "").strip().split("\n")[0] + f" [{', '.join(own)}]" * bool(own)))
+    _table(
+        rows,
+        f"Use one with --recipe NAME; for --model {TOKENS}, auto or tokens. In brackets: settings of its own for "
+        "--set NAME=VALUE, which also takes start, stop, every, through and other fields of a Guidance.",
+    )
 
 
 @main.command("losses")
