@@ -83,6 +83,7 @@ def log_ratio(signal: Signal, move: torch.Tensor) -> torch.Tensor:
 
 
 def not_ancestral() -> UnsuitableSolver:
+    """Why twisted particles refuse a solver."""
     return UnsuitableSolver(
         "twisted particles are weighed by the law of an ancestral step, and this solver's is another"
     )
