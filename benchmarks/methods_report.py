@@ -245,7 +245,7 @@ def _missing(entries: list[Entry]) -> list[str]:
     """Which recipes have not been measured, or not searched."""
     bare = ("trivial", "unguided")
     entries = [entry for entry in entries if entry.recipe not in bare and not entry.part]
-    absent = [entry.recipe for entry in entries if entry.runs.get("default") is None]
+    absent = [entry.recipe for entry in entries if entry.runs.get("default") is None and entry.run("best") is None]
     unsearched = [entry.recipe for entry in entries if entry.run("default") and entry.run("best") is None]
     told = [("Not measured", absent), ("Only at the default", unsearched)]
     return [part for what, names in told if names for part in ("", f"{what}: {', '.join(names)}.")]
