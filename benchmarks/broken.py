@@ -79,7 +79,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "guidance": Guidance.from_pretrained,
     "codebook": Codebook.load,
     "pairs": PairTask.load,
-    "tuned": lambda path: with_settings(recipes.auto(Color("red")), _tuned(path)),
+    "tuned": lambda path: with_settings(recipes.auto(Color("red")), _tuned(path, "auto")),
     "model": lambda path: load_model(str(path), None, 2, torch.device("cpu"), torch.float32),
     "network": lambda path: opened(path, "AutoModelForDepthEstimation"),
     "clip": load_clip,

@@ -99,7 +99,7 @@ def best_settings(data: bytes) -> str:
     read = 0
     for recipe in (recipes.auto, recipes.tds):
         try:
-            guidance = with_settings(recipe(_red()), _tuned(path))
+            guidance = with_settings(recipe(_red()), _tuned(path, recipe.__name__))
         except Exception as error:
             if promised(error, ValueError, OSError):
                 continue
