@@ -222,7 +222,7 @@ class Run:
         self._state = None if guidance.rule is None else guidance.rule.init(x)
         self._inner_state = None if guidance.inner is None else guidance.inner.rule.init(x)
         self._toward_state = guidance.toward.rule.init(x) if isinstance(guidance.toward, Inner) else None
-        if guidance.remix and guidance.active and not self.solver.keeps_shifts:
+        if guidance.remix and guidance.active and not self.solver.goes_on:
             name = type(self.solver.scheduler).__name__
             raise UnsuitableSolver(
                 f"remixing noise needs a solver that starts from the sample it is given, which {name} does not",
@@ -496,7 +496,9 @@ class Run:
                 self._population.correct(log_ratio(signal, move))
             shift = summed(shift, wide * move)
         if shift is not None:
-            x_next = self._landed((x_next.to(shift.dtype) - shift).to(x_next.dtype), x_next)
+            moved = self._landed((x_next.to(shift.dtype) - shift).to(x_next.dtype), x_next)
+            solver.carry(moved - x_next, row["step"])
+            x_next = moved
         return x_next
 
     def _landed(self, moved: torch.Tensor, unmoved: torch.Tensor) -> torch.Tensor:
@@ -515,7 +517,9 @@ class Run:
         if row["step"] < len(self.solver) - 1:
             landed = after.mix(landed, randn(tuple(x.shape[1:]), self._sources, like=landed))
         landed = landed.to(x_next.dtype)
-        return landed if self._region is None else torch.where(self._region, landed, x_next)
+        landed = landed if self._region is None else torch.where(self._region, landed, x_next)
+        self.solver.carry(landed - x_next, row["step"])
+        return landed
 
     def _remixing(self, solve: Callable, level: Level, after: Level) -> Callable:
         """The solver's step, with a share of the predicted noise in it replaced by fresh noise, its variance kept; a

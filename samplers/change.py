@@ -24,7 +24,7 @@ def check_solver(solver: Solver) -> None:
         UnsuitableChange: it starts again from a sample of its own.
     """
     scheduler = solver.scheduler
-    if not solver.keeps_shifts or any(hasattr(scheduler, name) for name in _RESTARTS):
+    if not solver.goes_on or any(hasattr(scheduler, name) for name in _RESTARTS):
         raise UnsuitableChange(
             f"a change map needs a solver that starts from the sample it is given, which "
             f"{type(scheduler).__name__} does not: choose DDIM, Euler or DPM-Solver++ (multistep)"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .held import held
 from .levels import Level, prediction_kind, scheduler_levels
 from .random import randn
 
@@ -24,8 +25,9 @@ class Solver:
         times: the same as numbers, read once so that no step waits for the device.
         levels: `N + 1` noise levels; step `i` leads from `levels[i]` to `levels[i + 1]`.
         kind: what the model predicts.
-        keeps_shifts: whether a step starts from the sample it is given. Second-order solvers (Heun) and correctors
-            (UniPC) start again from a sample of their own, so that moving the given one would be lost.
+        goes_on: whether a step starts from the sample it is given, and not from one that the scheduler has kept, as the
+            second halves of steps (Heun) and correctors (UniPC) do.
+        keeps_shifts: whether the next step starts from a sample that was moved, because it goes on or by `carry`.
     """
 
     def __init__(self, scheduler) -> None:
@@ -37,7 +39,8 @@ class Solver:
         self.times: list[float] = scheduler.timesteps.tolist()
         self.levels: list[Level] = scheduler_levels(scheduler)
         self.kind: str = prediction_kind(scheduler)
-        self.keeps_shifts: bool = getattr(scheduler, "order", 1) == 1 and not hasattr(scheduler, "last_sample")
+        self.goes_on: bool = getattr(scheduler, "order", 1) == 1 and not hasattr(scheduler, "last_sample")
+        self.keeps_shifts: bool = self.goes_on or held(scheduler, self.levels, 0) is not None
         self._step_options = set(inspect.signature(type(scheduler).step).parameters)
 
     @classmethod
@@ -108,6 +111,13 @@ class Solver:
             if known.get("eta", 0.0) > 0:
                 known["variance_noise"] = randn(tuple(prediction.shape[1:]), sources, like=prediction)
         return self.scheduler.step(prediction, self.scheduler.timesteps[index], x, **known, return_dict=False)[0]
+
+    def carry(self, move: torch.Tensor, index: int) -> None:
+        """Let a move of the sample that step `index` landed at, like it, reach what the scheduler goes on from."""
+        name, factor = held(self.scheduler, self.levels, index) or (None, 0.0)
+        kept = getattr(self.scheduler, name) if name else None
+        if kept is not None:
+            setattr(self.scheduler, name, (kept + factor * move).to(kept.dtype))
 
     def clipped(self, x0: torch.Tensor) -> torch.Tensor:
         """A clean sample as the scheduler itself clips it before its step (`clip_sample`)."""

@@ -239,7 +239,7 @@ class Unmasking:
         progress: the progress of DDPM at each step's level, as a `Solver`'s.
     """
 
-    keeps_shifts = True
+    goes_on = keeps_shifts = True
 
     def __init__(self, generator: TokenGenerator, steps: int) -> None:
         self.generator = generator

@@ -65,8 +65,8 @@ def test_the_denoisers_jacobian_is_not_lost(name):
         norms = []
         for through in ("denoiser", "x0"):
             guided = guide(pipe, recipes.dps(lambda image: image.flatten(1).mean(1), strength=1e-6, through=through))
-            guided(**given, generator=generators(1))
-            norms.append(torch.stack([row["gradient_norm"] for row in guided.record.rows])[:3].flatten())
+            guided(**given | dict(num_inference_steps=3), generator=generators(1))
+            norms.append(torch.stack([row["gradient_norm"] for row in guided.record.rows]).flatten())
         assert ((norms[0] / norms[1]).log().abs() > 1e-3).any()
         found.append(norms[0])
     torch.testing.assert_close(found[1].float(), found[0], rtol=0.3, atol=0)
