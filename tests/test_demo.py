@@ -29,15 +29,15 @@ def judged(images):
 def test_every_prompt_is_drawn(demo):
     labels = torch.arange(10)
     loss = ClipText([prompts()[c] for c in labels], model="demo")
-    guided = sample(demo, recipes.auto(loss), steps=50, seeds=range(10))
-    plain = sample(demo, None, steps=50, seeds=range(10))
+    guided = sample(demo, recipes.auto(loss), steps=20, seeds=range(10))
+    plain = sample(demo, None, steps=20, seeds=range(10))
     assert (judged(guided.images) == labels).float().mean() >= 0.8
     assert (judged(plain.images) == labels).float().mean() <= 0.4
 
 
 def test_a_class_is_drawn_without_backprop_through_the_denoiser(demo):
     guidance = recipes.auto(ClassLabel("ankle boot"), through="x0")
-    assert (judged(sample(demo, guidance, steps=50, seeds=range(6)).images) == 9).float().mean() >= 0.8
+    assert (judged(sample(demo, guidance, steps=20, seeds=range(6)).images) == 9).float().mean() >= 0.8
 
 
 def test_a_picture_with_half_of_its_pixels_gone_comes_back(demo):
