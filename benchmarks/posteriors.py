@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from lossguide.guidance import Guidance, recipes
-from lossguide.guidance.steps import AsNoise, AsScore, StepRule
+from lossguide.guidance.steps import AsNoise, AsScore, SqrtAlpha, StepRule
 from lossguide.losses import Measurement
 from lossguide.samplers import Level, Solver, sample
 from scipy.stats import wasserstein_distance
@@ -218,8 +218,13 @@ METHODS = {
         lambda p: p.shifted(p.as_score(p.likelihood_slope(p.spread(p.s**2)))),
     ),
     "pigdm": Method(
-        "too sure, the more so the more steps: its weight a_t r_t^2 does not shrink with the step",
+        "too sure, the more so the more steps: its weight a_t a_{t-1} r_t^2 does not shrink with the step",
         lambda w: recipes.pigdm(w.measurement()),
+        lambda p: p.shifted(p.a * p.after.alpha * p.s**2 * p.likelihood_slope(p.spread(p.s**2))),
+    ),
+    "pigdm, the paper's weight": Method(
+        "surer still: a_t r_t^2",
+        lambda w: recipes.pigdm(w.measurement(), rule=SqrtAlpha(1.0)),
         lambda p: p.shifted(p.a * p.s**2 * p.likelihood_slope(p.spread(p.s**2))),
     ),
     "ddnm": Method(

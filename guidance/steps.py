@@ -168,6 +168,20 @@ class SqrtAlpha(StepRule):
 
 
 @dataclass(frozen=True)
+class AlphaProduct(StepRule):
+    """`size * a_t a_{t-1} * g`: the pseudoinverse-guided method's released code (Song et al. 2023).
+
+    With a gradient through the denoiser, whose slope is at most about `1 / a_t`, it moves x0 by at most about what was
+    asked of it at x0.
+    """
+
+    size: float = 1.0
+
+    def update(self, signal, state):
+        return self.size * signal.level.alpha * signal.next_level.alpha * signal.gradient, state
+
+
+@dataclass(frozen=True)
 class Rms(StepRule):
     """`size * rms(e) / rms(g) * g`, times `s_t / a_t` when `by_level`: with `AncestralShare`, FreeDoM's for CLIP (Yu et
     al. 2023)."""

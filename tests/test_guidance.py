@@ -12,6 +12,7 @@ import pytest
 import torch
 from lossguide.guidance import Augment, Guidance, recipes
 from lossguide.guidance.steps import (
+    AlphaProduct,
     Chain,
     Constant,
     NoiseScaled,
@@ -175,6 +176,7 @@ def test_zero_and_nan_gradients_move_nothing_and_are_told(tiny):
 RULES = [
     Constant(),
     SqrtAlpha(),
+    AlphaProduct(),
     Rms(),
     Unit(),
     Polyak(),
@@ -205,6 +207,7 @@ def test_rules_by_hand():
     cases = {
         Constant(2.0): 2 * g,
         SqrtAlpha(0.5): 0.5 * 0.6 * g,
+        AlphaProduct(0.5): 0.5 * 0.6 * 0.8 * g,
         Rms(0.1): 0.1 * (0.8 / 0.6) * (2**0.5 / 5) * g,
         Rms(0.1, by_level=False): 0.1 * (2**0.5 / 5) * g,
         Unit(0.1): 0.1 * 2**0.5 * g / 5,

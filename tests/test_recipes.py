@@ -174,7 +174,7 @@ def by_hand(name: str) -> tuple[Guidance, torch.Tensor]:
         inverse = torch.linalg.inv(variance * MATRIX @ MATRIX.T + sigma**2 * torch.eye(4, dtype=torch.float64))
         v = variance * (MATRIX.T @ inverse @ (TARGET - operator(h.x0)).T).T.view_as(h.x0)
         step = through(lambda x0: (v * x0).flatten(1).sum(1), h)
-        return recipes.pigdm(Measurement(operator, TARGET, sigma)), plain + h.a * step
+        return recipes.pigdm(Measurement(operator, TARGET, sigma)), plain + h.a * h.a1 * step
     if name == "diffpir":
         sigma, variance = 0.1, (h.s / h.a) ** 2 / 1.75
         normal = MATRIX.T @ MATRIX / sigma**2 + torch.eye(6, dtype=torch.float64) / variance

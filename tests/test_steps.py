@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lossguide.guidance.steps import (
     Adam,
+    AlphaProduct,
     AncestralShare,
     AsNoise,
     AsScore,
@@ -185,6 +186,7 @@ def test_steps_of_known_length():
         (NoiseScaled(0.3, fading=True), torch.full_like(e, 0.3 * n * LEVEL.step_std(AFTER).item() * 0.8 * 2.5)),
         (Constant(0.7), 0.7 * norm(now.gradient)),
         (SqrtAlpha(0.7), 0.7 * 0.6 * norm(now.gradient)),
+        (AlphaProduct(0.7), 0.7 * 0.6 * 0.8 * norm(now.gradient)),
         (SigmaScaled(0.7), 0.7 * 0.8 * norm(now.gradient)),
         (LevelRatio(), 0.8 / 0.6 * norm(now.gradient)),
         (AncestralShare(), 0.8 * (1 - 0.36 / 0.64) / 0.64 * norm(now.gradient)),
@@ -357,6 +359,7 @@ def test_a_chain_hands_on_its_step_and_every_rule_its_own_state():
     ("rule", "natural", "itself"),
     [
         (Constant(), False, False), (SqrtAlpha(), False, False), (Rms(), False, False), (Unit(), True, False),
+        (AlphaProduct(), False, False),
         (Polyak(), True, False), (PolyakToFloor(), True, False), (Reach(), True, False), (NoiseScaled(), True, False),
         (Squared(), False, False), (SigmaScaled(), False, False), (Adam(), False, False), (Spherical(), False, True),
         (Shortest((Unit(), Polyak())), True, False), (Shortest((Unit(), Constant())), False, False),
