@@ -104,7 +104,7 @@ class Guidance:
         edit_between: where the step lands at those steps, "shift" or "mean".
         edit: where the step lands: "shift" moves `x_{t-1}` after the solver's step; "score" adds it to the noise
             prediction and moves x0 along, before the solver's step; "mean" moves x0 while the noise stays, which shifts
-            `x_{t-1}` by `a_{t-1}` times the step. Solvers that do not keep a shift (Heun, UniPC) get the score that a
+            `x_{t-1}` by `a_{t-1}` times the step. Solvers that do not keep a shift (SA-Solver) get the score that a
             first-order step would turn into it. "anchor" optimises a clean sample of its own, on which fresh noise is
             put at each level (RED-diff); the solver's steps are not taken.
         toward: go toward the x0 that this finds, instead of against the gradient: the proximal point of a linear

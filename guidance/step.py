@@ -54,7 +54,9 @@ class Run:
         self.decode = decode
         travel = guidance.time_travel if guidance.active else None
         self._progress = [guidance.progress(step, solver) for step in range(len(solver))]
-        self.visits: list[Visit] = visits(self._progress, travel, lambda step: bool(self._terms(step)))
+        self.visits: list[Visit] = visits(
+            self._progress, travel, lambda step: bool(self._terms(step)) and solver.begins(step)
+        )
         weighty = guidance.active and any(term.weight for term in guidance.loss.terms())
         if weighty and not any(self._terms(step) for step in range(len(solver))):
             reached = ", ".join(f"{progress:.2f}" for progress in self._progress[-3:])
@@ -162,7 +164,7 @@ class Run:
             if self.change is not None:
                 self.change.reorder(seen.order)
         if guidance.remix and guidance.active:
-            solve = self._remixing(solve, level, after)
+            solve = self._remixing(solve, level, after, visit.step)
         before = None if visit.last else solver.remember()
         with torch.no_grad():
             if seen is None:
@@ -495,7 +497,8 @@ class Run:
             if twisted:
                 self._population.correct(log_ratio(signal, move))
             shift = summed(shift, wide * move)
-        if shift is not None:
+        stays = self._means[row["step"]] == self._means[row["step"] + 1]  # the level, at Heun's second halves
+        if shift is not None and not stays:
             moved = self._landed((x_next.to(shift.dtype) - shift).to(x_next.dtype), x_next)
             solver.carry(moved - x_next, row["step"])
             x_next = moved
@@ -521,7 +524,7 @@ class Run:
         self.solver.carry(landed - x_next, row["step"])
         return landed
 
-    def _remixing(self, solve: Callable, level: Level, after: Level) -> Callable:
+    def _remixing(self, solve: Callable, level: Level, after: Level, step: int) -> Callable:
         """The solver's step, with a share of the predicted noise in it replaced by fresh noise, its variance kept; a
         solver that draws noise itself is left alone."""
         kind, solver, share = self.solver.kind, self.solver, self.guidance.remix
@@ -543,7 +546,9 @@ class Run:
             part = part if isinstance(part, torch.Tensor) else torch.tensor(part, dtype=torch.float64)
             fresh = randn(tuple(x.shape[1:]), self._sources, like=fine)
             change = ((1 - part).clamp_min(0).sqrt() - 1) * noise + part.sqrt() * fresh
-            return (x_next + after.sigma * self._within(change)).to(x_next.dtype)
+            mixed = (x_next + after.sigma * self._within(change)).to(x_next.dtype)
+            solver.carry(mixed - x_next, step)
+            return mixed
 
         return remixing
 

@@ -17,33 +17,47 @@ HALVES = (
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverSDEScheduler",
 )
-"""Two visits make a step, the second of which starts where the first did and adds to it."""
+"""Two visits make a step, the second of which starts where the first did."""
 
 
 def held(scheduler, levels: Sequence[Level], index: int) -> tuple[str, torch.Tensor | float] | None:
-    """The name of the sample that a scheduler has kept after its step `index`, and how far that has to move for the
-    next step to land as if the sample that step `index` landed at had moved by one; None where nothing is kept.
+    """The name of the sample that a scheduler may have kept after its step `index`, and how far that has to move for
+    the next step to land as if the sample that step `index` landed at had moved by one; None if it keeps none.
     """
-    name = type(scheduler).__name__
-    after = levels[index + 1]
-    if name in HALVES:
-        return "sample", 1.0
-    if name == "DPMSolverSDEScheduler":
-        return "sample", _ratio(levels[index], after, "clean")
+    name, config = type(scheduler).__name__, scheduler.config
+    start, kept, power = levels[index], "noise", 1
     if name == "UniPCMultistepScheduler":
-        return "last_sample", _ratio(levels[index], after, "clean" if scheduler.config.predict_x0 else "noise")
-    if name == "DPMSolverSinglestepScheduler":
-        start = levels[index + 1 - scheduler.order_list[index]]
-        algorithm = scheduler.config.algorithm_type
-        ratio = _ratio(start, after, "clean" if algorithm.endswith("++") else "noise")
-        if algorithm.startswith("sde"):
-            ratio = ratio * _ratio(start, after, "clean") / _ratio(start, after, "noise")
-        return "sample", ratio
-    return None
+        place, kept = "last_sample", "clean" if config.predict_x0 else "noise"
+    elif name == "DPMSolverSDEScheduler":  # whose ancestral steps shrink a sample twice
+        place, kept, power = "sample", "clean", 2
+    elif name in HALVES:
+        return "sample", 1.0
+    elif name == "PNDMScheduler":
+        place = "cur_sample"
+        if not config.skip_prk_steps and index < len(scheduler.prk_timesteps):  # four visits from one sample
+            start = levels[index - index % 4]
+    elif name == "DPMSolverSinglestepScheduler":
+        known = sum(output is not None for output in scheduler.model_outputs)
+        place, start = "sample", levels[index + 1 - min(scheduler.order_list[index], max(1, known))]
+        kept = "noise" if config.algorithm_type == "dpmsolver" else "clean"
+    else:
+        return None
+    after = levels[index + 1]
+    if not bool((after.sigma > 0).all()):  # the last step, after which nothing goes on
+        return place, 0.0
+    clean, noise = start.sigma / after.sigma, start.alpha / after.alpha
+    factor = (clean if kept == "clean" else noise) ** power
+    if name == "DPMSolverSinglestepScheduler" and config.algorithm_type.startswith("sde"):
+        factor = factor * clean / noise
+    return place, factor
 
 
-def _ratio(before: Level, after: Level, kept: str) -> torch.Tensor | float:
-    """What a step from `before` to `after` divides a sample by, the clean sample or the noise being kept."""
-    scale = before.sigma / after.sigma.clamp_min(1e-20) if kept == "clean" else before.alpha / after.alpha
-    return scale if bool((after.sigma > 0).all()) else 0.0  # the last step, after which nothing goes on
+def begins(scheduler, index: int) -> bool:
+    """Whether step `index` is the first visit of a whole step, the sample there being where that starts."""
+    if type(scheduler).__name__ in HALVES:
+        return index % 2 == 0
+    if type(scheduler).__name__ == "DPMSolverSinglestepScheduler":
+        return scheduler.order_list[index] == 1
+    return True

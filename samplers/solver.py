@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .held import held
+from .held import begins, held
 from .levels import Level, prediction_kind, scheduler_levels
 from .random import randn
 
@@ -25,9 +25,9 @@ class Solver:
         times: the same as numbers, read once so that no step waits for the device.
         levels: `N + 1` noise levels; step `i` leads from `levels[i]` to `levels[i + 1]`.
         kind: what the model predicts.
-        goes_on: whether a step starts from the sample it is given, and not from one that the scheduler has kept, as the
-            second halves of steps (Heun) and correctors (UniPC) do.
-        keeps_shifts: whether the next step starts from a sample that was moved, because it goes on or by `carry`.
+        goes_on: whether a step goes on from the noise in the sample it is given. The second halves of steps (Heun) and
+            correctors (UniPC) also hold to what was predicted before, and fresh noise would be no noise to them.
+        keeps_shifts: whether the next step starts from a sample that was moved, by itself or by `carry`.
     """
 
     def __init__(self, scheduler) -> None:
@@ -113,11 +113,19 @@ class Solver:
         return self.scheduler.step(prediction, self.scheduler.timesteps[index], x, **known, return_dict=False)[0]
 
     def carry(self, move: torch.Tensor, index: int) -> None:
-        """Let a move of the sample that step `index` landed at, like it, reach what the scheduler goes on from."""
+        """Let a move of the sample that step `index` landed at, like it, reach what the scheduler goes on from.
+
+        Where a pipeline steps copies of its samples together (guided and not), the move is for each.
+        """
         name, factor = held(self.scheduler, self.levels, index) or (None, 0.0)
         kept = getattr(self.scheduler, name) if name else None
         if kept is not None:
+            move = move.repeat(len(kept) // len(move), *[1] * (move.dim() - 1))
             setattr(self.scheduler, name, (kept + factor * move).to(kept.dtype))
+
+    def begins(self, index: int) -> bool:
+        """Whether step `index` starts where the sample is; the second halves of steps (Heun) do not."""
+        return begins(self.scheduler, index)
 
     def clipped(self, x0: torch.Tensor) -> torch.Tensor:
         """A clean sample as the scheduler itself clips it before its step (`clip_sample`)."""

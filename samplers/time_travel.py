@@ -37,7 +37,7 @@ def visits(
     progress: Sequence[float], travel: TimeTravel | None = None, where: Callable[[int], bool] = lambda step: True
 ) -> list[Visit]:
     """The order in which solver steps are visited, of which `progress` tells how far each has come; only steps `where`
-    something acts are visited repeatedly."""
+    something acts, and that can be begun anew, are visited repeatedly."""
     plan = []
     for step, reached in enumerate(progress):
         inside = travel is not None and travel.start <= reached < travel.stop and where(step)

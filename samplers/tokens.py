@@ -257,6 +257,10 @@ class Unmasking:
     def __len__(self) -> int:
         return len(self.times)
 
+    def begins(self, index: int) -> bool:
+        """Every step starts from the tokens it is given."""
+        return True
+
     def draw(
         self, logits: torch.Tensor, step: int, tokens: torch.Tensor, sources: list[torch.Generator]
     ) -> tuple[torch.Tensor, torch.Tensor]:
