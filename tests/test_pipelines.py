@@ -71,6 +71,7 @@ def result(name: str, output) -> torch.Tensor:
     return PIPELINES[name].result(output).float()
 
 
+@functools.cache
 def seen_last(name: str, *seeds: int) -> torch.Tensor:
     """What a loss sees at the last step of a plain run."""
     seen = []
@@ -111,11 +112,13 @@ def test_strength_zero_is_bitwise_the_plain_call(name):
 
 
 def test_losses_see_what_the_pipeline_will_give(name, monkeypatch):
+    look = seen_last
     if name == "kandinsky22":  # its scheduler clips what it lands on
+        look = seen_last.__wrapped__
         bare = type(made(name).scheduler).from_config(made(name).scheduler.config, clip_sample=False)
         monkeypatch.setattr(made(name), "scheduler", bare)
     plain = result(name, made(name)(**options(name, 2), generator=generators(1, 2)))
-    seen = seen_last(name, 1, 2)
+    seen = look(name, 1, 2)
     if name == "visualcloze-upsampled":
         pytest.skip("the picture is upsampled afterwards")
     if PIPELINES[name].kind == "audio":
@@ -220,30 +223,34 @@ def _kind(scheduler) -> type:
     return scheduler if isinstance(scheduler, type) else type(scheduler)
 
 
+def called(name: str, pipe, *seeds: int) -> torch.Tensor:
+    """What a pipeline, guided or not, gives in 20 steps."""
+    torch.manual_seed(seeds[0])  # flow pipelines do not hand their generator on to their scheduler
+    return result(name, pipe(**options(name, 2, steps=20), generator=generators(*seeds)))
+
+
+@functools.cache
+def plain_by(name: str, scheduler, *seeds: int) -> torch.Tensor:
+    """What the pipeline gives under a scheduler that it has at the moment."""
+    return called(name, made(name), *seeds)
+
+
 @pytest.mark.parametrize("through", ["denoiser", "x0"])
 @pytest.mark.parametrize("name, scheduler", schedulers())
 def test_every_scheduler(name, scheduler, through, monkeypatch):
     """Bitwise plain at strength 0, a falling loss and time travel, also where the solver remembers or draws noise."""
     pipe = made(name)
-    if isinstance(scheduler, type):
-        scheduler = scheduler.from_config(pipe.scheduler.config)
-    monkeypatch.setattr(pipe, "scheduler", scheduler)
-
-    def run(guidance, *seeds):
-        torch.manual_seed(seeds[0])  # flow pipelines do not hand their generator on to their scheduler
-        guided = pipe if guidance is None else guide(pipe, guidance)
-        given = options(name, 2) | dict(num_inference_steps=20)
-        return result(name, guided(**given, generator=generators(*seeds))), guided
-
-    loss = Near(run(None, 3, 4)[0])
-    plain, _ = run(None, 1, 2)
-    assert torch.equal(run(recipes.auto(loss, through=through, strength=0.0), 1, 2)[0], plain)
+    own = scheduler.from_config(pipe.scheduler.config) if isinstance(scheduler, type) else scheduler
+    monkeypatch.setattr(pipe, "scheduler", own)
+    loss, plain = Near(plain_by(name, scheduler, 3, 4)), plain_by(name, scheduler, 1, 2)
+    assert torch.equal(called(name, guide(pipe, recipes.auto(loss, through=through, strength=0.0)), 1, 2), plain)
     steep = {
         "flux": 0.3,
         "KDPM2AncestralDiscreteScheduler": 0.5,
     }  # networks; two steps in one
     strength = min(steep.get(name, 1.0), steep.get(_kind(scheduler).__name__, 1.0))
     travel = TimeTravel(2, 0.3, 0.7)
-    image, guided = run(recipes.auto(loss, through=through, strength=strength, time_travel=travel), 1, 2)
+    guided = guide(pipe, recipes.auto(loss, through=through, strength=strength, time_travel=travel))
+    image = called(name, guided, 1, 2)
     assert (loss(image) < 0.7 * loss(plain)).all()
     assert any(row["visit"] == 1 for row in guided.record.rows)
