@@ -349,9 +349,10 @@ def adam_dps(loss, strength: float = 1.0, **changes: Any) -> Guidance:
 def pigdm(loss, strength: float = 1.0, **changes: Any) -> Guidance:
     """Pseudoinverse-guided: the Gaussian posterior's step at x0, pulled back through the denoiser (Song et al. 2023).
 
-    For one `Measurement` by a linear operator. The weight is the released code's, `a_t a_{t-1} r_t^2`; the paper writes
-    `a_t r_t^2`, with which real pictures diverge in 50 steps (`rule=SqrtAlpha(1.0)`). Neither shrinks with the step:
-    the more steps, the surer the method is of the measurement.
+    For one `Measurement` by a linear operator. The weight is `a_t a_{t-1} r_t^2`, as in the authors' later code (with
+    RED-diff, for measurements without noise, where `r_t` cancels); the paper writes `a_t r_t^2`, with which real
+    pictures diverge in 50 steps (`rule=SqrtAlpha(1.0)`). Neither shrinks with the step: the more steps, the surer the
+    method is of the measurement.
     """
     return _build(
         loss,

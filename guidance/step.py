@@ -500,7 +500,7 @@ class Run:
         stays = self._means[row["step"]] == self._means[row["step"] + 1]  # the level, at Heun's second halves
         if shift is not None and not stays:
             moved = self._landed((x_next.to(shift.dtype) - shift).to(x_next.dtype), x_next)
-            solver.carry(moved - x_next, row["step"])
+            solver.carry(x_next, moved, row["step"])
             x_next = moved
         return x_next
 
@@ -521,7 +521,7 @@ class Run:
             landed = after.mix(landed, randn(tuple(x.shape[1:]), self._sources, like=landed))
         landed = landed.to(x_next.dtype)
         landed = landed if self._region is None else torch.where(self._region, landed, x_next)
-        self.solver.carry(landed - x_next, row["step"])
+        self.solver.carry(x_next, landed, row["step"])
         return landed
 
     def _remixing(self, solve: Callable, level: Level, after: Level, step: int) -> Callable:
@@ -547,7 +547,7 @@ class Run:
             fresh = randn(tuple(x.shape[1:]), self._sources, like=fine)
             change = ((1 - part).clamp_min(0).sqrt() - 1) * noise + part.sqrt() * fresh
             mixed = (x_next + after.sigma * self._within(change)).to(x_next.dtype)
-            solver.carry(mixed - x_next, step)
+            solver.carry(x_next, mixed, step)
             return mixed
 
         return remixing

@@ -169,7 +169,7 @@ class SqrtAlpha(StepRule):
 
 @dataclass(frozen=True)
 class AlphaProduct(StepRule):
-    """`size * a_t a_{t-1} * g`: the pseudoinverse-guided method's released code (Song et al. 2023).
+    """`size * a_t a_{t-1} * g`: the pseudoinverse-guided method (Song et al. 2023) in its authors' later code.
 
     With a gradient through the denoiser, whose slope is at most about `1 / a_t`, it moves x0 by at most about what was
     asked of it at x0.

@@ -22,36 +22,33 @@ HALVES = (
 """Two visits make a step, the second of which starts where the first did."""
 
 
-def held(scheduler, levels: Sequence[Level], index: int) -> tuple[str, torch.Tensor | float] | None:
+def held(scheduler, levels: Sequence[Level], index: int) -> tuple[str, float | torch.Tensor] | None:
     """The name of the sample that a scheduler may have kept after its step `index`, and how far that has to move for
     the next step to land as if the sample that step `index` landed at had moved by one; None if it keeps none.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    start, kept, power = levels[index], "noise", 1
+    start, place = levels[index], "sample"
+    clean, noise, ancestral = (1, 0), (0, 1), (2, -1)  # powers of what a step divides a sample by, that being kept
     if name == "UniPCMultistepScheduler":
-        place, kept = "last_sample", "clean" if config.predict_x0 else "noise"
-    elif name == "DPMSolverSDEScheduler":  # whose ancestral steps shrink a sample twice
-        place, kept, power = "sample", "clean", 2
-    elif name in HALVES:
-        return "sample", 1.0
+        place, powers = "last_sample", clean if config.predict_x0 else noise
     elif name == "PNDMScheduler":
-        place = "cur_sample"
+        place, powers = "cur_sample", noise
         if not config.skip_prk_steps and index < len(scheduler.prk_timesteps):  # four visits from one sample
             start = levels[index - index % 4]
     elif name == "DPMSolverSinglestepScheduler":
         known = sum(output is not None for output in scheduler.model_outputs)
-        place, start = "sample", levels[index + 1 - min(scheduler.order_list[index], max(1, known))]
-        kept = "noise" if config.algorithm_type == "dpmsolver" else "clean"
+        start = levels[index + 1 - min(scheduler.order_list[index], max(1, known))]
+        powers = {"dpmsolver": noise, "dpmsolver++": clean}.get(config.algorithm_type, ancestral)
+    elif name == "DPMSolverSDEScheduler":
+        powers = ancestral
+    elif name in HALVES:  # which add to the sample
+        powers = (0, 0)
     else:
         return None
     after = levels[index + 1]
     if not bool((after.sigma > 0).all()):  # the last step, after which nothing goes on
         return place, 0.0
-    clean, noise = start.sigma / after.sigma, start.alpha / after.alpha
-    factor = (clean if kept == "clean" else noise) ** power
-    if name == "DPMSolverSinglestepScheduler" and config.algorithm_type.startswith("sde"):
-        factor = factor * clean / noise
-    return place, factor
+    return place, (start.sigma / after.sigma) ** powers[0] * (start.alpha / after.alpha) ** powers[1]
 
 
 def begins(scheduler, index: int) -> bool:

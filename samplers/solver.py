@@ -112,15 +112,15 @@ class Solver:
                 known["variance_noise"] = randn(tuple(prediction.shape[1:]), sources, like=prediction)
         return self.scheduler.step(prediction, self.scheduler.timesteps[index], x, **known, return_dict=False)[0]
 
-    def carry(self, move: torch.Tensor, index: int) -> None:
-        """Let a move of the sample that step `index` landed at, like it, reach what the scheduler goes on from.
+    def carry(self, landed: torch.Tensor, moved: torch.Tensor, index: int) -> None:
+        """Let a move of the sample where step `index` landed reach what the scheduler goes on from.
 
         Where a pipeline steps copies of its samples together (guided and not), the move is for each.
         """
         name, factor = held(self.scheduler, self.levels, index) or (None, 0.0)
         kept = getattr(self.scheduler, name) if name else None
         if kept is not None:
-            move = move.repeat(len(kept) // len(move), *[1] * (move.dim() - 1))
+            move = (moved - landed).repeat(len(kept) // len(landed), *[1] * (landed.dim() - 1))
             setattr(self.scheduler, name, (kept + factor * move).to(kept.dtype))
 
     def begins(self, index: int) -> bool:

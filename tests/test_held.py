@@ -65,7 +65,7 @@ def landings(name: str, moved_after: int | None, move: torch.Tensor, steps: int 
         torch.manual_seed(100 + index)
         x = solver.step(prediction, index, x, generator=noise_source)
         if index == moved_after:
-            solver.carry(move, index)
+            solver.carry(x, x + move, index)
             x = x + move
         landed.append(x)
     return landed, solver
@@ -90,7 +90,7 @@ def test_a_move_reaches_the_next_landing_as_by_a_step_of_first_order(name, after
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_without_carrying_a_move_is_lost_somewhere(name, monkeypatch):
-    monkeypatch.setattr(Solver, "carry", lambda self, move, index: None)
+    monkeypatch.setattr(Solver, "carry", lambda *_: None)
     move = torch.ones(1, 2, 2, 2, dtype=torch.float64)
     still, _ = landings(name, None, move)
     lost = [(landings(name, after, move)[0][after + 1] - still[after + 1]).abs().max() < 1e-3 for after in range(4)]
@@ -111,7 +111,7 @@ def test_a_move_is_carried_to_each_copy_that_is_stepped_along():
     solver.step(torch.zeros(4, 1, 2, 2), 0, torch.cat([x, x]))
     before, move = solver.scheduler.sample.clone(), torch.ones(2, 1, 2, 2)
     move[1] = 2
-    solver.carry(move, 0)
+    solver.carry(x, x + move, 0)
     assert (solver.scheduler.sample - before).flatten(1).mean(1).tolist() == pytest.approx([1, 2, 1, 2], abs=1e-4)
 
 
@@ -131,17 +131,16 @@ def test_where_the_level_stays_nothing_moves():
     gaussian = Gaussian(torch.tensor([0.4, -0.4]), torch.tensor([[0.5, 0.45], [0.45, 0.5]]))
     exact = gaussian.denoiser(4)
     model = denoiser(lambda x, t: exact.model(x, t.round()), SOLVERS["heun"][0], shape=exact.shape, decode=exact.decode)
-    landed, moved = [], []
-    carry = Solver.carry
+    carry, moved = Solver.carry, []
 
-    def seen(self, move, index):
+    def seen(self, before, after, index):
         moved.append(index)
-        carry(self, move, index)
+        carry(self, before, after, index)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Solver, "carry", seen)
-        landed = sample(model, guidance, steps=5, seeds=[0]).record.rows
-    assert len(landed) == 9 and moved == [0, 2, 4, 6, 8]
+        rows = sample(model, guidance, steps=5, seeds=[0]).record.rows
+    assert len(rows) == 9 and moved == [0, 2, 4, 6, 8]
 
 
 def test_solvers_that_nothing_is_known_of_are_told_apart():
